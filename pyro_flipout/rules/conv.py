@@ -1,0 +1,87 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Convolutions. All pixels of an example share its signs, one for each channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_flipout.rules._product import find_examples, flipped_product
+from pyro_flipout.tensor import FlipoutTensor, NoRule, NotExamples, implements
+
+
+FLIPS = "output and input channels of the weight, channels of the bias"
+LIMITS = "unbatched input has no example dimension: shared"
+
+
+@implements(F.conv1d, F.conv2d, F.conv3d, flips=FLIPS, limits=LIMITS)
+def conv(
+    op: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    spatial = _check(input, weight)
+
+    def apply(x: Tensor, w: Tensor) -> Tensor:
+        return op(x, w, None, stride, padding, dilation, groups)
+
+    if isinstance(weight, FlipoutTensor):
+        dim = find_examples(weight, input, [1, *range(2, input.dim())], op.__name__)
+        out = flipped_product(weight, input, apply, {1: 1}, {0: 1}, dim, groups=groups)
+    else:
+        out = apply(input, weight)
+    return out if bias is None else out + channelwise(bias, spatial)
+
+
+@implements(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, flips=FLIPS, limits=LIMITS)
+def conv_transpose(
+    op: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,  # (in, out / groups, *kernel)
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    spatial = _check(input, weight)
+
+    def apply(x: Tensor, w: Tensor) -> Tensor:
+        return op(x, w, None, stride, padding, output_padding, groups, dilation)
+
+    if isinstance(weight, FlipoutTensor):
+        dim = find_examples(weight, input, [1, *range(2, input.dim())], op.__name__)
+        out = flipped_product(weight, input, apply, {0: 1}, {1: 1}, dim, out_groups=groups)
+    else:
+        out = apply(input, weight)
+    return out if bias is None else out + channelwise(bias, spatial)
+
+
+def _check(input: Tensor, weight: Tensor) -> int:
+    """Number of spatial dimensions."""
+    if isinstance(input, FlipoutTensor):
+        raise NoRule("the input is itself a flipped weight")
+    spatial = weight.dim() - 2
+    if input.dim() == spatial + 1:
+        raise NotExamples(
+            f"input of shape {tuple(input.shape)} has no example dimension; "
+            "add one in front, as in x.unsqueeze(0)"
+        )
+    return spatial
+
+
+def channelwise(bias: Tensor, spatial: int) -> Tensor:
+    """Aligns a weight ``(C,)`` with data ``(N, C, *spatial)``."""
+    return torch.reshape(bias, (-1, *(1,) * spatial))

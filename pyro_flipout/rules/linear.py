@@ -1,0 +1,78 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Dense layers: ``F.linear`` and ``F.bilinear``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_flipout.rules._product import find_examples, flipped_product, plain
+from pyro_flipout.tensor import FlipoutTensor, NoRule, implements
+
+
+@implements(F.linear, flips="outputs and inputs of the weight, outputs of the bias")
+def linear(op: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
+    if isinstance(input, FlipoutTensor):
+        out = torch.matmul(input, weight.mT if weight.dim() > 1 else weight)
+        return out if bias is None else torch.add(out, bias)
+    if not isinstance(weight, FlipoutTensor):
+        return torch.add(op(input, weight), bias)  # only the bias is flipped
+    last = input.dim() - 1
+    dim = _attention_dim(weight, input)
+    dim = find_examples(weight, input, [last], "F.linear") if dim is None else dim
+    out_dims = {0: last} if weight.dim() == 2 else {}  # weight (out, in) or (in,)
+    in_dim = weight.dim() - 1
+    fused = None if isinstance(bias, FlipoutTensor) else bias
+    out = flipped_product(
+        weight, input, op, {in_dim: last}, out_dims, dim, apply_center=lambda x, w: op(x, w, fused)
+    )
+    return out if bias is fused else torch.add(out, bias)
+
+
+_IN_PROJECTION = getattr(getattr(F, "_in_projection", None), "__code__", None)
+
+
+def _attention_dim(weight: FlipoutTensor, input: Tensor) -> int | None:
+    """The example dimension 1 if attention projects its key, ``None`` elsewhere.
+
+    ``F.multi_head_attention_forward`` does not look at its separate projection weights
+    for subclasses. If nothing else in it is flipped, they arrive here one by one.
+    """
+    frame = sys._getframe(2) if input.dim() == 3 and weight.dim() == 2 else None
+    for _ in range(3):
+        if frame is None:
+            return None
+        if frame.f_code is _IN_PROJECTION:
+            weight.execution.count(input.size(1), f"data of shape {tuple(input.shape)}")
+            return 1
+        frame = frame.f_back
+    return None
+
+
+@implements(F.bilinear, flips="outputs and first inputs of the weight, outputs of the bias")
+def bilinear(
+    op: Callable[..., Tensor],
+    input1: Tensor,
+    input2: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    if isinstance(input1, FlipoutTensor) or isinstance(input2, FlipoutTensor):
+        raise NoRule("an input is itself a flipped weight")
+    if isinstance(weight, FlipoutTensor):
+        last = input1.dim() - 1
+        dim = find_examples(weight, input1, [last], "F.bilinear")
+        out = flipped_product(
+            weight, input1, lambda x, w: op(x, input2, w), {1: last}, {0: last}, dim
+        )
+    else:
+        out = op(input1, input2, plain(weight))
+    return out if bias is None else out + bias

@@ -1,0 +1,113 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Questions about a weight, answered by its shared draw without a warning.
+
+Attribute reads (``w.shape``, ``w.dtype``, ``w.grad``) are questions too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_flipout.errors import FlipoutError
+from pyro_flipout.tensor import FlipoutTensor, NoRule, implements, queries
+
+queries(
+    # size and type
+    Tensor.dim,
+    Tensor.ndimension,
+    Tensor.size,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.__len__,
+    Tensor.stride,
+    Tensor.storage_offset,
+    Tensor.element_size,
+    Tensor.is_contiguous,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.is_signed,
+    Tensor.get_device,
+    Tensor.untyped_storage,
+    Tensor.data_ptr,
+    torch.numel,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.result_type,
+    # the value, for a log line
+    Tensor.__repr__,
+    Tensor.__format__,
+    Tensor.item,
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__hash__,
+    Tensor.__bool__,
+    Tensor.__float__,
+    Tensor.__int__,
+    # tests of the value
+    Tensor.isnan,
+    Tensor.isinf,
+    Tensor.isfinite,
+    torch.isnan,
+    torch.isinf,
+    torch.isfinite,
+    torch.equal,
+    Tensor.equal,
+    torch.allclose,
+    Tensor.allclose,
+    *(getattr(torch, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+    *(getattr(Tensor, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+    *(getattr(Tensor, f"__{name}__") for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+    # new tensors of the same kind
+    torch.zeros_like,
+    torch.ones_like,
+    torch.empty_like,
+    torch.full_like,
+    torch.rand_like,
+    torch.randn_like,
+    Tensor.new_zeros,
+    Tensor.new_ones,
+    Tensor.new_empty,
+    Tensor.new_full,
+    Tensor.new_tensor,
+    # autograd and copies
+    Tensor.requires_grad_,
+    Tensor.retain_grad,
+    Tensor.register_hook,
+    Tensor.__deepcopy__,
+    Tensor.__reduce_ex__,
+)
+
+
+@implements(
+    Tensor.norm,
+    torch.norm,
+    torch.linalg.norm,
+    torch.linalg.vector_norm,
+    torch.linalg.matrix_norm,
+    flips="nothing: the norm of the whole shared draw, as for a log line or a penalty",
+    limits="a norm along a dimension, with which to normalise the weight: no rule",
+)
+def norm(op: Callable[..., Tensor], input: FlipoutTensor, *args: Any, **kwargs: Any) -> Tensor:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    out = op(input.plain, *args, **kwargs)
+    if dim is not None or out.numel() != 1:
+        raise NoRule("a norm along a dimension is not linear in the weight")
+    return out
+
+
+@implements(Tensor.detach, flips="nothing: the shared draw")
+def detach(op: Callable[..., Tensor], input: FlipoutTensor) -> Tensor:
+    if torch._C._current_graph_task_id() != -1:  # torch.utils.checkpoint detaches in backward
+        raise FlipoutError(
+            f"flipout: site '{input.site}' was given to torch.utils.checkpoint as an argument, "
+            "which recomputes it with use_reentrant=True from the shared draw; "
+            "set use_reentrant=False"
+        )
+    return op(input.plain)

@@ -1,0 +1,360 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Linear maps of a weight by itself: views, copies, concatenation, masks.
+
+The result is a flipped weight again, as long as each sign factor still varies along one
+dimension only; else there is no rule (as for a flattened matrix split anew).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_flipout.tensor import Factor, FlipoutTensor, NoRule, Term, implements
+
+ValueMap = Callable[[Tensor], Tensor]
+FLIPS = "the result is a flipped weight"
+
+
+def map_values(weight: FlipoutTensor, fn: ValueMap, plain: Tensor | None = None) -> FlipoutTensor:
+    """Applies a linear map that keeps every entry in its place."""
+    terms = [Term(fn(t.delta), t.draws, t.factors) for t in weight.terms]
+    plain = fn(weight.plain) if plain is None else plain
+    return FlipoutTensor.build(plain, fn(weight.center), terms, weight.execution)
+
+
+def map_entries(weight: FlipoutTensor, fn: ValueMap) -> FlipoutTensor:
+    """Applies a map that moves, drops or repeats entries: signs move along."""
+    terms = [Term(fn(t.delta), t.draws, map_factors(t, weight.shape, fn)) for t in weight.terms]
+    return FlipoutTensor.build(fn(weight.plain), fn(weight.center), terms, weight.execution)
+
+
+def map_factors(term: Term, shape: torch.Size, fn: ValueMap) -> tuple[Factor, ...]:
+    return tuple((draw, _collapse(fn(codes.expand(shape)))) for draw, codes in term.factors)
+
+
+def _collapse(codes: Tensor) -> Tensor:
+    """Drops repetition: dimensions along which ``codes`` are constant get size 1."""
+    for dim in range(codes.dim()):
+        if codes.size(dim) > 1:
+            first = codes.narrow(dim, 0, 1)
+            if codes.stride(dim) == 0 or bool((codes == first).all()):
+                codes = first
+    return codes
+
+
+def expand_weight(weight: FlipoutTensor, shape: Sequence[int]) -> FlipoutTensor:
+    """``weight.expand(shape)`` that keeps the sign factors as small as they are."""
+    if tuple(shape) == tuple(weight.shape):
+        return weight
+    extra = len(shape) - weight.dim()
+    terms = [
+        Term(
+            t.delta.expand(shape),
+            t.draws,
+            tuple((d, c.reshape((1,) * extra + tuple(c.shape))) for d, c in t.factors),
+        )
+        for t in weight.terms
+    ]
+    return FlipoutTensor.build(
+        weight.plain.expand(shape), weight.center.expand(shape), terms, weight.execution
+    )
+
+
+def align(weight: Tensor, ndim: int, dim: int) -> Tensor:
+    """Views a weight ``(C,)`` so that it broadcasts along ``dim`` of ``ndim`` dimensions."""
+    return torch.reshape(weight, (-1, *(1,) * (ndim - 1 - dim)))
+
+
+_GETTERS = (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH)
+
+
+@implements(
+    *(getter.__get__ for getter in _GETTERS),  # type: ignore[attr-defined]
+    torch.t,
+    Tensor.t,
+    torch.transpose,
+    Tensor.transpose,
+    torch.swapaxes,
+    Tensor.swapaxes,
+    torch.swapdims,
+    Tensor.swapdims,
+    torch.permute,
+    Tensor.permute,
+    torch.movedim,
+    Tensor.movedim,
+    torch.moveaxis,
+    Tensor.moveaxis,
+    Tensor.adjoint,
+    torch.adjoint,
+    torch.squeeze,
+    Tensor.squeeze,
+    torch.unsqueeze,
+    Tensor.unsqueeze,
+    torch.narrow,
+    Tensor.narrow,
+    torch.select,
+    Tensor.select,
+    Tensor.__getitem__,
+    torch.index_select,
+    Tensor.index_select,
+    torch.flip,
+    Tensor.flip,
+    torch.roll,
+    Tensor.roll,
+    Tensor.repeat,
+    torch.tile,
+    Tensor.tile,
+    flips=FLIPS,
+)
+def view(op: Callable[..., Tensor], input: FlipoutTensor, *args: Any, **kwargs: Any) -> Tensor:
+    if any(isinstance(arg, FlipoutTensor) for arg in args):
+        raise NoRule("a flipped weight cannot be an index")
+    return map_entries(input, lambda value: op(value, *args, **kwargs))
+
+
+@implements(
+    Tensor.view,
+    torch.reshape,
+    Tensor.reshape,
+    torch.flatten,
+    Tensor.flatten,
+    torch.unflatten,
+    Tensor.unflatten,
+    torch.ravel,
+    Tensor.ravel,
+    Tensor.view_as,
+    Tensor.reshape_as,
+    flips=FLIPS + ", where its sign factors still vary along one dimension each",
+    limits="a reshape that mixes the dimensions of the signs: no rule",
+)
+def reshape(op: Callable[..., Any], input: FlipoutTensor, *args: Any, **kwargs: Any) -> Any:
+    if op is Tensor.view and any(isinstance(arg, torch.dtype) for arg in args):
+        raise NoRule("reinterpreting the bytes of a flipped weight is not linear")
+    for name in ("view", "view_as"):
+        if op is getattr(Tensor, name):  # expanded codes may need a copy where the weight does not
+            op = getattr(Tensor, name.replace("view", "reshape"))
+    return map_entries(input, lambda value: op(value, *args, **kwargs))
+
+
+@implements(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, flips=FLIPS)
+def expand(op: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if not isinstance(input, FlipoutTensor):  # x.expand_as(w)
+        return op(input, *(getattr(arg, "plain", arg) for arg in args), **kwargs)
+    return expand_weight(input, op(input.plain, *args, **kwargs).shape)
+
+
+@implements(torch.broadcast_tensors, flips=FLIPS)
+def broadcast_tensors(op: Callable[..., Any], *tensors: Any) -> list[Tensor]:
+    if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)):
+        tensors = tuple(tensors[0])
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    return [
+        expand_weight(t, shape) if isinstance(t, FlipoutTensor) else t.expand(shape)
+        for t in tensors
+    ]
+
+
+@implements(
+    torch.chunk,
+    Tensor.chunk,
+    torch.split,
+    Tensor.split,
+    torch.tensor_split,
+    Tensor.tensor_split,
+    torch.unbind,
+    Tensor.unbind,
+    Tensor.__iter__,
+    flips=FLIPS,
+)
+def split(op: Callable[..., Any], input: FlipoutTensor, *args: Any, **kwargs: Any) -> Any:
+    pieces = torch.unbind if op is Tensor.__iter__ else op
+
+    def piece(i: int) -> Tensor:
+        return map_entries(input, lambda value: pieces(value, *args, **kwargs)[i])
+
+    parts = [piece(i) for i in range(len(pieces(input.plain, *args, **kwargs)))]
+    return iter(parts) if op is Tensor.__iter__ else tuple(parts)
+
+
+@implements(
+    Tensor.clone,
+    torch.clone,
+    Tensor.contiguous,
+    Tensor.to,
+    Tensor.type_as,
+    Tensor.float,
+    Tensor.double,
+    Tensor.half,
+    Tensor.bfloat16,
+    Tensor.cpu,
+    Tensor.cuda,
+    torch.positive,
+    Tensor.positive,
+    Tensor.__pos__,
+    flips=FLIPS,
+)
+def copy(op: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if not isinstance(input, FlipoutTensor):  # x.type_as(w)
+        return op(input, *(getattr(arg, "plain", arg) for arg in args), **kwargs)
+    out = map_values(input, lambda value: op(value, *args, **kwargs))
+    if out.device == input.device:
+        return out
+    terms = [
+        Term(t.delta, t.draws, tuple((d, c.to(out.device)) for d, c in t.factors))
+        for t in out.terms
+    ]
+    return FlipoutTensor.build(out.plain, out.center, terms, out.execution)
+
+
+@implements(
+    torch.tril,
+    Tensor.tril,
+    torch.triu,
+    Tensor.triu,
+    flips=FLIPS,
+)
+def triangle(op: Callable[..., Tensor], input: FlipoutTensor, *args: Any, **kwargs: Any) -> Tensor:
+    return map_values(input, lambda value: op(value, *args, **kwargs))
+
+
+@implements(torch.masked_fill, Tensor.masked_fill, flips=FLIPS)
+def masked_fill(
+    op: Callable[..., Tensor], input: FlipoutTensor, mask: Tensor, value: Any
+) -> Tensor:
+    if isinstance(mask, FlipoutTensor) or isinstance(value, FlipoutTensor):
+        raise NoRule("only the tensor that is filled can be a flipped weight")
+    plain = op(input.plain, mask, value)
+    input = expand_weight(input, plain.shape)
+    terms = [Term(t.delta.masked_fill(mask, 0), t.draws, t.factors) for t in input.terms]
+    return FlipoutTensor.build(plain, op(input.center, mask, value), terms, input.execution)
+
+
+@implements(torch.where, Tensor.where, flips=FLIPS, limits="a condition larger than both: no rule")
+def where(op: Callable[..., Tensor], *args: Any) -> Tensor:
+    condition, a, b = args if op is torch.where else (args[1], args[0], args[2])
+    values = [getattr(value, "plain", value) for value in (a, b)]
+    plain = torch.where(condition, *values)
+    if isinstance(condition, FlipoutTensor) or plain.shape != torch.broadcast_shapes(
+        *(getattr(value, "shape", ()) for value in values)
+    ):
+        raise NoRule("the condition is a flipped weight, or larger than what it chooses from")
+    centers = [getattr(value, "center", value) for value in (a, b)]
+    terms = []
+    for weight, chosen in ((a, condition), (b, ~condition)):
+        if isinstance(weight, FlipoutTensor):
+            execution = weight.execution
+            terms += map_values(
+                expand_weight(weight, plain.shape), lambda t, m=chosen: torch.where(m, t, 0)
+            ).terms
+    return FlipoutTensor.build(plain, torch.where(condition, *centers), terms, execution)
+
+
+@implements(F.dropout, flips=FLIPS + ", with one mask for all examples")
+def dropout(
+    op: Callable[..., Tensor],
+    input: FlipoutTensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> Tensor:
+    if inplace:
+        raise NoRule("a flipped weight cannot be changed in place")
+    mask = op(torch.ones_like(input.plain), p, training)
+    return map_values(input, lambda value: value * mask)
+
+
+@implements(
+    torch._weight_norm,
+    flips="the length g: a flipped weight again",
+    limits="v / ||v|| is not linear in the direction v, which is shared",
+)
+def weight_norm(op: Callable[..., Tensor], v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    if isinstance(v, FlipoutTensor) and v.terms:
+        raise NoRule("v / ||v|| is not linear in v; hide v and flip g alone", v)
+    assert isinstance(g, FlipoutTensor)
+    direction = op(getattr(v, "plain", v), torch.ones_like(g.plain), dim)
+    return map_values(expand_weight(g, v.shape), lambda value: value * direction)
+
+
+@implements(F.pad, flips=FLIPS, limits="padding other than with a constant: no rule")
+def pad(
+    op: Callable[..., Tensor],
+    input: FlipoutTensor,
+    pad: Sequence[int],
+    mode: str = "constant",
+    value: float | None = None,
+) -> Tensor:
+    if mode != "constant":
+        raise NoRule(f"padding a flipped weight with mode {mode!r} is not covered")
+    terms = [
+        Term(op(t.delta, pad), t.draws, map_factors(t, input.shape, lambda c: op(c, pad)))
+        for t in input.terms
+    ]
+    return FlipoutTensor.build(
+        op(input.plain, pad, mode, value),
+        op(input.center, pad, mode, value),
+        terms,
+        input.execution,
+    )
+
+
+@implements(torch.cat, torch.concat, torch.concatenate, torch.stack, flips=FLIPS)
+def cat(
+    op: Callable[..., Tensor], tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any
+) -> Tensor:
+    dim = kwargs.pop("axis", dim)
+    if kwargs:
+        raise NoRule(f"arguments {sorted(kwargs)} are not covered")
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        return op(list(parts), dim)
+
+    values = [w.plain if isinstance(w, FlipoutTensor) else w for w in tensors]
+    centers = [w.center if isinstance(w, FlipoutTensor) else w for w in tensors]
+    terms = []
+    for i, weight in enumerate(tensors):
+        if isinstance(weight, FlipoutTensor):
+            execution = weight.execution
+            for t in weight.terms:
+
+                def put(part: Tensor, i: int = i) -> Tensor:
+                    return join(
+                        [part if j == i else part.new_zeros(v.shape) for j, v in enumerate(values)]
+                    )
+
+                terms.append(Term(put(t.delta), t.draws, _cat_factors(t, weight, op, dim, put)))
+    return FlipoutTensor.build(join(values), join(centers), terms, execution)
+
+
+def _cat_factors(
+    term: Term, weight: FlipoutTensor, op: Callable[..., Tensor], dim: int, put: ValueMap
+) -> tuple[Factor, ...]:
+    # Where delta is zero the sign is free: a factor that does not vary along the
+    # concatenated dimension goes on unchanged, the others are filled with zeros.
+    if op is torch.stack:
+        dim = dim % (weight.dim() + 1)
+        return tuple((draw, codes.unsqueeze(dim)) for draw, codes in term.factors)
+    dim = dim % weight.dim()
+    return tuple(
+        (
+            draw,
+            codes
+            if codes.size(dim) == 1
+            else _collapse_except(put(codes.expand(weight.shape)), dim),
+        )
+        for draw, codes in term.factors
+    )
+
+
+def _collapse_except(codes: Tensor, dim: int) -> Tensor:
+    for other in range(codes.dim()):
+        if other != dim:
+            codes = codes.narrow(other, 0, 1)
+    return codes

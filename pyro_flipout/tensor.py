@@ -1,0 +1,519 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""A weight of which every example of the mini-batch sees its own draw.
+
+A :class:`FlipoutTensor` *is* the plain shared draw :math:`W = \bar W + \Delta W` (same
+data, same autograd history), and carries what is needed to compute with
+
+.. math::
+    W_n = \bar W + \sum_k \Delta W_k \circ E_{nk},
+    \qquad E_{nk} \in \{-1, 1\}^{\text{shape}}
+
+instead (Wen et al. 2018, eq. 3). A draw has one term; sums, concatenations and
+products of flipped weights have several. ``torch`` functions find their rule in
+:data:`RULES` through ``__torch_function__``.
+
+References
+
+[1] `Flipout: Efficient Pseudo-Independent Weight Perturbations on Mini-Batches`,
+    Yeming Wen, Paul Vicol, Jimmy Ba, Dustin Tran, Roger Grosse,
+    https://arxiv.org/abs/1803.04386
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pyro_flipout.errors import ExampleDimError, FlipoutWarning, MissingRuleError
+from pyro_flipout.signs import dense_signs, draw_codes
+
+__all__ = [
+    "RULES",
+    "Draw",
+    "Execution",
+    "FlipoutTensor",
+    "NoRule",
+    "NotExamples",
+    "Rule",
+    "Term",
+    "flip",
+    "implements",
+    "queries",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class NoRule(Exception):
+    """Raised inside a rule: this use of a flipped weight cannot be flipped.
+
+    :param reason: for the warning or error.
+    :param weights: those that have to be shared for the rule to apply to the others; all
+        flipped weights of the call if omitted.
+    """
+
+    def __init__(self, reason: str, *weights: FlipoutTensor) -> None:
+        super().__init__(reason)
+        self.weights = weights
+
+
+class NotExamples(Exception):
+    """Raised inside a rule: the data do not carry the execution's examples."""
+
+
+# --------------------------------------------------------------------- registry
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a registered torch function does with a flipped weight.
+
+    :ivar apply: the rule, called as ``apply(op, *args, **kwargs)`` with the torch
+        function ``op`` and its arguments.
+    :ivar flips: what is flipped, one line for the support table.
+    :ivar limits: what is left shared or refused, one line for the support table.
+    """
+
+    apply: Callable[..., Any]
+    flips: str
+    limits: str = ""
+
+
+RULES: dict[Callable[..., Any], Rule] = {}
+"""The rule of every torch function that knows flipped weights."""
+
+_QUERIES: set[Callable[..., Any]] = set()
+
+
+def implements(*ops: Callable[..., Any], flips: str, limits: str = "") -> Callable[[F], F]:
+    """Registers the decorated function as the flipout rule of ``ops``.
+
+    The rule is called as ``rule(op, *args, **kwargs)``. It returns what ``op`` would
+    return if it were run example by example on the explicit weights, or raises
+    :class:`NoRule` or :class:`NotExamples` with the reason.
+
+    :param ops: torch functions, as ``__torch_function__`` receives them.
+    :param flips: what is flipped, for the support table in the docs.
+    :param limits: what is not, for the support table.
+    :raises ValueError: if one of ``ops`` is registered already.
+    """
+
+    def decorator(fn: F) -> F:
+        for op in dict.fromkeys(ops):  # torch has aliases
+            if op in RULES or op in _QUERIES:
+                raise ValueError(
+                    f"implements: {op} has a flipout rule already; "
+                    "remove one of the two registrations"
+                )
+            RULES[op] = Rule(fn, flips, limits)
+        return fn
+
+    return decorator
+
+
+def queries(*ops: Callable[..., Any]) -> None:
+    """Registers ``ops`` as questions about a weight, answered by its shared draw."""
+    for op in dict.fromkeys(ops):
+        if op in RULES or op in _QUERIES:
+            raise ValueError(f"queries: {op} is registered already")
+        _QUERIES.add(op)
+
+
+def _is_query(op: Callable[..., Any]) -> bool:
+    # Attribute reads such as `w.shape` arrive as `torch.Tensor.shape.__get__`.
+    return op in _QUERIES or getattr(op, "__name__", "") in ("__get__", "__set__")
+
+
+# -------------------------------------------------------------------- execution
+
+
+class Execution:
+    """One execution of a model: its examples, and what befell its flipped weights.
+
+    :param example_dim: dimension of the data that counts the examples.
+    :param on_missing_rule: ``"warn"`` or ``"error"``.
+    :param on_shared: called with ``(site, reason)`` when a site of this execution
+        falls back to its shared draw. The default warns.
+    """
+
+    def __init__(
+        self,
+        example_dim: int = 0,
+        on_missing_rule: str = "warn",
+        on_shared: Callable[[str, str], None] | None = None,
+    ) -> None:
+        self.example_dim = example_dim
+        self.on_missing_rule = on_missing_rule
+        self.num_examples: int | None = None
+        self._on_shared = on_shared or warn_shared
+        self._signs: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def count(self, num_examples: int, counted_on: str) -> None:
+        """Learns the number of examples, or checks it against the one known.
+
+        :raises NotExamples: if it differs.
+        """
+        if self.num_examples is None:
+            self.num_examples = num_examples
+        elif self.num_examples != num_examples:
+            raise NotExamples(
+                f"{counted_on} has {num_examples} rows in its dimension "
+                f"{self.example_dim}, but this execution has "
+                f"{self.num_examples} examples; keep the example dimension apart, as "
+                "in (N, T, features) instead of (N * T, features), or set example_dim"
+            )
+
+    def signs(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Dense signs ``(N, *codes.shape)``, kept for the rest of the execution."""
+        assert self.num_examples is not None
+        key = id(codes), dtype
+        if key not in self._signs:
+            signs = dense_signs(codes, self.num_examples, dtype)
+            self._signs[key] = codes, signs  # holding `codes` keeps its id unique
+        return self._signs[key][1]
+
+    def share(self, draws: Iterable[Draw], reason: str) -> None:
+        """Makes ``draws`` fall back to their shared values."""
+        for draw in draws:
+            if not draw.shared:
+                draw.shared = True
+                self._on_shared(draw.site, reason)
+
+
+def warn_shared(site: str, reason: str) -> None:
+    """Emits the one :class:`FlipoutWarning` of a site left shared."""
+    warnings.warn(f"flipout: site '{site}' keeps its shared draw: {reason}", FlipoutWarning, 2)
+
+
+class Draw:
+    """One symmetric draw of one site in one execution.
+
+    Signs vary along the first two dimensions of the value, after ``lead_dims``
+    leading batch (particle) dimensions, each of which has signs of its own. Codes are
+    drawn here and not when first used: a first use inside ``torch.utils.checkpoint``
+    would consume random numbers that its recomputation does not consume again.
+    """
+
+    __slots__ = ("execution", "factors", "shared", "site", "used")
+
+    def __init__(self, site: str, value: Tensor, execution: Execution, lead_dims: int = 0) -> None:
+        self.site = site
+        self.execution = execution
+        self.shared = False
+        self.used = False
+        lead, event = tuple(value.shape[:lead_dims]), tuple(value.shape[lead_dims:])
+        shapes = [
+            (*lead, *(size if d == dim else 1 for d, size in enumerate(event)))
+            for dim in range(min(2, len(event)))
+        ] or [lead]
+        self.factors: tuple[Factor, ...] = tuple(
+            (SignFactor(self), draw_codes(shape, value.device)) for shape in shapes
+        )
+
+    @property
+    def codes(self) -> tuple[Tensor, ...]:
+        """Codes of the sign factors, each broadcastable to the value's shape."""
+        return tuple(codes for source, codes in self.factors if not source.dropped)
+
+    def drop(self, sources: set[SignFactor]) -> None:
+        """Does without some sign factors, before any example has seen them.
+
+        The perturbation stays symmetric with fewer signs, as long as one is left.
+
+        :raises NoRule: if none would be left, or an example has seen them already.
+        """
+        own = {source for source, _ in self.factors if not source.dropped}
+        dropped = own & sources
+        if not dropped:
+            return
+        if self.used:
+            raise NoRule(
+                f"site '{self.site}' met the examples before, with signs along the dimension "
+                "that is summed over here; multiply the weights first"
+            )
+        if dropped == own:
+            raise NoRule(f"all signs of site '{self.site}' are summed over")
+        for source in dropped:
+            source.dropped = True
+
+
+class SignFactor:
+    """The signs of a draw along one dimension of its value, wherever that goes."""
+
+    __slots__ = ("draw", "dropped")
+
+    def __init__(self, draw: Draw) -> None:
+        self.draw = draw
+        self.dropped = False
+
+    @property
+    def shared(self) -> bool:
+        """Whether these signs are not applied."""
+        return self.dropped or self.draw.shared
+
+
+Factor = tuple[SignFactor, Tensor]
+"""A sign factor: where it is from, and codes broadcastable to the term's delta."""
+
+
+class Term:
+    """A perturbation ``delta ∘ E_n`` with ``E_n`` the product of its sign factors.
+
+    :param delta: perturbation, of the weight's shape.
+    :param draws: the draws it comes from.
+    :param factors: its sign factors; those of the one draw if omitted.
+    """
+
+    __slots__ = ("delta", "draws", "factors")
+
+    def __init__(
+        self, delta: Tensor, draws: tuple[Draw, ...], factors: tuple[Factor, ...] | None = None
+    ) -> None:
+        self.delta = delta
+        self.draws = draws
+        self.factors = draws[0].factors if factors is None else factors
+
+    @property
+    def codes(self) -> tuple[Tensor, ...]:
+        """Codes of the sign factors that are applied, for use on the examples."""
+        for draw in self.draws:
+            draw.used = True
+        return tuple(codes for source, codes in self.factors if not source.shared)
+
+    @property
+    def shared(self) -> bool:
+        """Whether no sign is left, so that the term belongs to the centre."""
+        return all(draw.shared for draw in self.draws)
+
+
+# ----------------------------------------------------------------------- tensor
+
+
+class FlipoutTensor(Tensor):
+    """A weight with one pseudo-independent draw for each example of the mini-batch.
+
+    Made by the :func:`~pyro_flipout.flipout` handler, or by :func:`flip`. Everything a
+    rule does not cover sees the plain shared draw.
+    """
+
+    _plain: Tensor
+    _center: Tensor
+    _terms: tuple[Term, ...]
+    _execution: Execution
+
+    @staticmethod
+    def build(
+        plain: Tensor, center: Tensor, terms: Sequence[Term], execution: Execution
+    ) -> FlipoutTensor:
+        """Wraps the plain value ``center + sum of deltas``."""
+        self = plain.as_subclass(FlipoutTensor)
+        self._plain = plain
+        self._center = center
+        self._terms = tuple(terms)
+        self._execution = execution
+        return self
+
+    @property
+    def plain(self) -> Tensor:
+        """The shared draw as a plain tensor."""
+        return self._plain
+
+    @property
+    def execution(self) -> Execution:
+        """The execution of the model in which this weight was drawn."""
+        return self._execution
+
+    @property
+    def center(self) -> Tensor:
+        """Centre of the distribution, of the shape of the weight."""
+        return self._split()[0]
+
+    @property
+    def delta(self) -> Tensor:
+        """Perturbation of the shared draw, ``plain - center``."""
+        terms = self._split()[1]
+        if not terms:
+            return torch.zeros_like(self._plain)
+        total = terms[0].delta
+        for term in terms[1:]:
+            total = total + term.delta
+        return total.expand(self._plain.shape)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The perturbations that are flipped, each with its own sign factors."""
+        return self._split()[1]
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        """The draws this weight is made of, shared or not."""
+        return tuple(dict.fromkeys(d for term in self._terms for d in term.draws))
+
+    @property
+    def site(self) -> str:
+        """Name of the sample site, several joined by ``" and "``."""
+        return " and ".join(dict.fromkeys(d.site for d in self.draws))
+
+    def materialize(self, num_examples: int | None = None) -> Tensor:
+        """The explicit weights that the examples see.
+
+        :param num_examples: the number N of examples; by default that of the
+            execution, which is known once a rule has met data.
+        :returns: tensor of shape ``(N, *self.shape)``.
+        :raises ValueError: if the number of examples is unknown or contradicted.
+        """
+        known = self._execution.num_examples
+        if num_examples is None:
+            if known is None:
+                raise ValueError(
+                    f"materialize: the number of examples of site '{self.site}' is not known "
+                    "yet, since the weight has not met data; pass num_examples"
+                )
+            num_examples = known
+        elif known is not None and known != num_examples:
+            raise ValueError(
+                f"materialize: got num_examples={num_examples}, but the execution in which "
+                f"site '{self.site}' was drawn has {known} examples"
+            )
+        center, terms = self._split()
+        out = center.expand(num_examples, *self._plain.shape)
+        for term in terms:
+            perturbation = term.delta
+            for codes in term.codes:
+                perturbation = perturbation * dense_signs(codes, num_examples, self.plain.dtype)
+            out = out + perturbation
+        return out
+
+    def _split(self) -> tuple[Tensor, tuple[Term, ...]]:
+        # Terms whose site fell back to its shared draw belong to the centre.
+        if not any(term.shared for term in self._terms):
+            return self._center, self._terms
+        center = self._center
+        for term in self._terms:
+            if term.shared:
+                center = center + term.delta
+        return center, tuple(term for term in self._terms if not term.shared)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        rule = RULES.get(func)
+        if rule is None and _is_query(func):
+            return func(*unwrap(args), **unwrap(kwargs))
+        flipped = [w for w in _walk((args, kwargs)) if w.terms]
+        if not flipped:
+            return func(*unwrap(args), **unwrap(kwargs))
+        name = describe(func)
+        try:
+            if rule is None:
+                raise NoRule(f"torch function {name} has no flipout rule")
+            return rule.apply(func, *args, **kwargs)
+        except NoRule as why:
+            _missing_rule(name, why.weights or flipped, str(why))
+            if why.weights:
+                return cls.__torch_function__(func, types, args, kwargs)
+        except NotExamples as why:
+            _share(flipped, f"in {name}, {why}")
+        return func(*unwrap(args), **unwrap(kwargs))
+
+
+def flip(
+    value: Tensor,
+    center: Tensor,
+    delta: Tensor | None = None,
+    *,
+    site: str = "weight",
+    execution: Execution | None = None,
+    lead_dims: int = 0,
+) -> FlipoutTensor:
+    """Gives every example its own pseudo-independent draw of a weight.
+
+    :param value: the shared draw ``center + delta``; any shape ``(*)``.
+    :param center: centre of a symmetric, factorised distribution, shape ``(*)``.
+    :param delta: the perturbation, shape ``(*)``; ``value - center`` if omitted. Give
+        it where it is known exactly, as ``scale * eps``.
+    :param site: name for messages.
+    :param execution: weights that meet the same examples share one.
+    :param lead_dims: number of leading batch (particle) dimensions.
+    :returns: the weight; give it to any torch function that has a rule.
+
+    >>> _ = torch.manual_seed(0)
+    >>> loc, scale = torch.zeros(2, 3), 0.1
+    >>> w = flip(loc + scale * torch.randn(2, 3), loc)
+    >>> torch.nn.functional.linear(torch.randn(5, 3), w).shape
+    torch.Size([5, 2])
+    >>> w.materialize().shape
+    torch.Size([5, 2, 3])
+    """
+    execution = Execution() if execution is None else execution
+    draw = Draw(site, value, execution, lead_dims)
+    delta = value - center if delta is None else delta
+    return FlipoutTensor.build(value, center, (Term(delta, (draw,)),), execution)
+
+
+def unwrap(obj: Any) -> Any:
+    """Replaces flipped weights by their shared draws in nested arguments."""
+    if isinstance(obj, FlipoutTensor):
+        return obj.plain
+    if type(obj) in (list, tuple):
+        return type(obj)(unwrap(item) for item in obj)
+    if type(obj) is dict:
+        return {key: unwrap(item) for key, item in obj.items()}
+    return obj
+
+
+def describe(op: Callable[..., Any]) -> str:
+    """Name of a torch function, for messages."""
+    owner = getattr(op, "__objclass__", None)
+    name: str = getattr(op, "__name__", str(op))
+    if owner is not None:
+        return f"torch.Tensor.{name}"
+    module = getattr(op, "__module__", None) or "torch"
+    return f"{module.replace('torch._C._nn', 'torch.nn.functional')}.{name}"
+
+
+def _walk(obj: Any) -> Iterator[FlipoutTensor]:
+    if isinstance(obj, FlipoutTensor):
+        yield obj
+    elif isinstance(obj, (list, tuple)):
+        for item in obj:
+            yield from _walk(item)
+    elif isinstance(obj, dict):
+        for item in obj.values():
+            yield from _walk(item)
+
+
+def _share(flipped: Sequence[FlipoutTensor], reason: str) -> None:
+    for weight in flipped:
+        weight.execution.share(weight.draws, reason)
+
+
+def _missing_rule(name: str, flipped: Sequence[FlipoutTensor], reason: str) -> None:
+    site = " and ".join(dict.fromkeys(w.site for w in flipped))
+    remedy = "register a rule with pyro_flipout.implements, or hide it with flipout(hide=[...])"
+    if any(w.execution.on_missing_rule == "error" for w in flipped):
+        raise MissingRuleError(f"flipout: site '{site}' in {name}: {reason}; {remedy}")
+    _share(flipped, f"in {name}, {reason}; {remedy}")
+
+
+def example_dim_error(weight: FlipoutTensor, name: str, shape: Sequence[int]) -> ExampleDimError:
+    """The error for data whose ``example_dim`` is not free to count examples."""
+    dim = weight.execution.example_dim
+    return ExampleDimError(
+        f"flipout: site '{weight.site}' in {name} met data of shape {tuple(shape)}, whose "
+        f"dimension {dim} is used up by the weight and cannot count the examples; "
+        f"you said example_dim={dim}: set it to the dimension that does, or move the examples there"
+    )

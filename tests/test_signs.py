@@ -1,0 +1,66 @@
+"""Codes stand for signs that are pairwise independent between examples."""
+
+import itertools
+
+import pytest
+import torch
+
+from pyro_flipout.signs import MAX_EXAMPLES, code_bits, dense_signs, draw_codes
+
+
+def parity(codes, num_examples):
+    """The definition: the sign of the parity of popcount(a_n & B_i)."""
+    rows = []
+    for n in range(num_examples):
+        bits = [bin((2 * n + 1) & (int(c) & 0xFFFFFFFF)).count("1") for c in codes.flatten()]
+        rows.append(torch.tensor([1.0 - 2.0 * (b % 2) for b in bits]).reshape(codes.shape))
+    return torch.stack(rows) if rows else torch.empty(0, *codes.shape)
+
+
+@pytest.mark.parametrize("num_examples", [0, 1, 2, 3, 4, 5, 31, 32, 33, 100])
+@pytest.mark.parametrize("shape", [(7,), (3, 1), (), (2, 1, 3)])
+def test_doubling_is_the_definition(num_examples, shape):
+    torch.manual_seed(num_examples)
+    codes = draw_codes(shape)
+    assert codes.dtype == torch.int32
+    torch.testing.assert_close(
+        dense_signs(codes, num_examples, torch.float), parity(codes, num_examples)
+    )
+
+
+@pytest.mark.parametrize("num_examples", [2, 3, 8])
+def test_pairs_of_examples_are_exactly_independent(num_examples):
+    """Over all values of the bits in use, each pair of signs is uniform on {-1, 1}^2."""
+    every = torch.arange(2 ** code_bits(num_examples), dtype=torch.int32)
+    signs = dense_signs(every, num_examples, torch.float64)
+    assert torch.equal(signs.sum(1), torch.zeros(num_examples, dtype=torch.float64))
+    for n, m in itertools.combinations(range(num_examples), 2):
+        assert (signs[n] * signs[m]).sum() == 0
+
+
+def test_product_of_signs_is_the_xor_of_codes():
+    a, b = draw_codes((6, 1)), draw_codes((1, 4))
+    torch.testing.assert_close(
+        dense_signs(a, 9, torch.float) * dense_signs(b, 9, torch.float),
+        dense_signs(a ^ b, 9, torch.float),
+    )
+
+
+def test_codes_do_not_depend_on_the_number_of_examples():
+    codes = draw_codes((5,))
+    assert torch.equal(dense_signs(codes, 4, torch.float), dense_signs(codes, 9, torch.float)[:4])
+
+
+def test_codes_follow_the_seed_and_use_every_bit():
+    torch.manual_seed(0)
+    a = draw_codes((4096,))
+    torch.manual_seed(0)
+    assert torch.equal(a, draw_codes((4096,)))
+    ones = torch.stack([((a >> bit) & 1).sum() for bit in range(32)])
+    assert (ones - 2048).abs().max() < 6 * 32  # 6 standard deviations of Binomial(4096, 1/2)
+
+
+@pytest.mark.parametrize("count", [-1, MAX_EXAMPLES + 1])
+def test_number_of_examples_is_checked(count):
+    with pytest.raises(ValueError, match=f"got {count} examples, expected 0 to"):
+        code_bits(count)
