@@ -1,0 +1,354 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The effect handler that swaps flipped weights in for plain draws."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro.poutine.runtime as runtime
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.util import site_is_subsample
+from torch.distributions import Distribution, Transform
+
+from pyro_flipout.errors import FlipoutError, FlipoutWarning
+from pyro_flipout.poutine.symmetric_draw import (
+    Message,
+    NoDraw,
+    SymmetricDraw,
+    depends,
+    find_symmetric_draw,
+    replayed_site,
+)
+from pyro_flipout.tensor import Draw, Execution, FlipoutTensor, flip
+
+__all__ = ["FlipoutMessenger"]
+
+PARTICLE_PLATES = frozenset({"num_particles_vectorized", "_num_predictive_samples"})
+SiteFn = Callable[[Message], "bool | None"]
+
+
+class FlipoutMessenger(Messenger):
+    r"""Gives every example of a mini-batch its own pseudo-independent draw of the weights.
+
+    At each latent site whose value is a symmetric, factorised draw
+    :math:`W = \bar W + \Delta W`, the program receives a
+    :class:`~pyro_flipout.FlipoutTensor` that stands for
+
+    .. math:: W_n = \bar W + \Delta W \circ E_n, \qquad E_n = r_n s_n^\top
+
+    (Wen et al. 2018, eq. 3). Traces, log-densities and the guide see the plain draw.
+
+    Example::
+
+        svi = SVI(flipout(model), guide, optim, Trace_ELBO())
+
+    Sites inside a plate other than the vectorised particles' are local variables and
+    left alone, and so is whatever is observed, conditioned, intervened on, initialised
+    or replayed by ``Predictive`` or MCMC. ``infer={"flipout": True}`` on a site, or its
+    name in ``expose``, overrides the former; ``infer={"flipout": False}`` or ``hide``
+    leaves a site alone.
+
+    :param int example_dim: dimension of the *data* that counts the examples; 1 for
+        time-major models.
+    :param hide: names of sites to leave alone.
+    :param expose: names of the only sites to consider.
+    :param hide_fn: function of a site that returns True to leave it alone.
+    :param expose_fn: function of a site that returns True to consider it.
+    :param str on_missing_rule: ``"warn"`` to leave a site shared that meets a torch
+        function without a flipout rule, ``"error"`` to raise
+        :class:`~pyro_flipout.MissingRuleError`.
+
+    .. note:: As a context manager around inference (``with flipout(): svi.step(x)``) the
+        handler sees what ``replay`` makes of a site, and that carries the *guide's*
+        ``infer`` dict: mark sites there, or use ``hide`` and ``expose``.
+    """
+
+    never_sets_values = True
+
+    def __init__(
+        self,
+        example_dim: int = 0,
+        hide: Iterable[str] | None = None,
+        expose: Iterable[str] | None = None,
+        hide_fn: SiteFn | None = None,
+        expose_fn: SiteFn | None = None,
+        on_missing_rule: str = "warn",
+    ) -> None:
+        super().__init__()
+        if isinstance(example_dim, bool) or not isinstance(example_dim, int) or example_dim < 0:
+            raise ValueError(
+                f"flipout: got example_dim={example_dim!r}, expected an integer >= 0, counted from "
+                "the left of the data: 0 for (N, ...), 1 for time-major (T, N, ...)"
+            )
+        if on_missing_rule not in ("warn", "error"):
+            raise ValueError(
+                f'flipout: got on_missing_rule={on_missing_rule!r}, expected "warn" or "error"'
+            )
+        self.example_dim = example_dim
+        self.on_missing_rule = on_missing_rule
+        self.hide = _names("hide", hide)
+        self.expose = _names("expose", expose)
+        self.hide_fn = hide_fn
+        self.expose_fn = expose_fn
+        self._check_choice()
+        self.decisions: dict[str, str] = {}
+        self._shared: dict[str, str] = {}
+        self._told: set[str] = set()
+        self._forget()
+
+    def _check_choice(self) -> None:
+        if self.hide_fn is not None and self.expose_fn is not None:
+            raise ValueError("flipout: got both hide_fn and expose_fn, expected one of them")
+        both = (self.hide or frozenset()) & (self.expose or frozenset())
+        if both:
+            raise ValueError(
+                f"flipout: sites {sorted(both)} are named in both hide and expose; remove one"
+            )
+
+    # ------------------------------------------------------------------ life cycle
+
+    def __call__(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Wraps a model: a function, or a module, which stays one."""
+        if isinstance(fn, torch.nn.Module):
+            from pyro_flipout.poutine.module import wrap_module
+
+            return wrap_module(fn, self)
+        if isinstance(fn, type) or not callable(fn):
+            raise TypeError(
+                f"flipout: got {fn!r} of type {type(fn).__name__}, expected a model: a function "
+                "with pyro.sample statements or an nn.Module instance; give options by keyword"
+            )
+        return super().__call__(fn)
+
+    def __enter__(self) -> FlipoutMessenger:
+        self._forget()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self._forget()
+        return super().__exit__(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("_execution", "_sites", "_trace"):
+            state.pop(name)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._execution: Execution | None = None
+        self._sites: set[str] = set()
+        self._trace: Callable[[], Any] = lambda: None
+
+    # ----------------------------------------------------------------------- sites
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if site_is_subsample(msg):
+            return
+        if isinstance(msg["value"], FlipoutTensor):  # a deterministic site of flipped weights
+            flipped = msg["value"]
+            msg["value"] = flipped.plain
+            msg["continuation"] = _Continuation(lambda m: m.update(value=flipped), msg)
+        if not msg["is_observed"] or msg["infer"].get("_deterministic"):
+            # Densities are those of the shared draw, in a prior's parameters too.
+            draws = [d for fn in (msg["fn"], msg["infer"].get("prior")) for d in _strip(fn)]
+            if draws and not msg["is_observed"]:
+                msg["continuation"] = _Continuation(lambda m: self._check_prior(m, draws), msg)
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        # Swapped in after every post-hook, so that each trace keeps the plain value.
+        if not site_is_subsample(msg):
+            msg["continuation"] = _Continuation(self._finish, msg)
+
+    def _finish(self, msg: Message) -> None:
+        if isinstance(msg["value"], FlipoutTensor):
+            _plain_in_traces(msg)
+        elif msg["is_observed"]:
+            self._check_plates(msg)
+        else:
+            found = self._decide(msg)
+            if isinstance(found, NoDraw):
+                self._leave(msg, found)
+            else:
+                self._flip(msg, found)
+
+    def _decide(self, msg: Message) -> SymmetricDraw | NoDraw:
+        name, infer = msg["name"], msg["infer"]
+        if name in self._shared:
+            return NoDraw(self._shared[name])
+        wish = infer.get("flipout")
+        if wish not in (None, True, False):
+            raise ValueError(
+                f"flipout: site '{name}' has infer={{\"flipout\": {wish!r}}}, "
+                "expected True or False"
+            )
+        if wish is False or self._hides(msg):
+            return NoDraw("it is hidden")
+        if infer.get("is_auxiliary") or infer.get("was_observed"):
+            return NoDraw("it is auxiliary")
+        named = bool(wish) or (self.expose is not None and name in self.expose)
+        if not named:
+            plates = [f.name for f in msg["cond_indep_stack"] if f.name not in PARTICLE_PLATES]
+            if plates:
+                return NoDraw(f"it is local to the plate '{plates[0]}'")
+            if _is_discrete(msg["fn"]):
+                return NoDraw("it is discrete")
+        found = find_symmetric_draw(msg, vouched=named)
+        if wish and isinstance(found, NoDraw) and found.tell:
+            raise FlipoutError(
+                f"flipout: site '{name}' has infer={{\"flipout\": True}}, but {found.reason}; "
+                "remove the mark or change the distribution"
+            )
+        return found
+
+    def _hides(self, msg: Message) -> bool:
+        if self.hide_fn is not None:
+            return bool(self.hide_fn(msg))
+        if self.expose_fn is not None:
+            return not self.expose_fn(msg)
+        name = msg["name"]
+        return (self.hide is not None and name in self.hide) or (
+            self.expose is not None and name not in self.expose
+        )
+
+    def _leave(self, msg: Message, why: NoDraw) -> None:
+        self.decisions[msg["name"]] = f"shared: {why.reason}"
+        if why.tell:
+            self._tell(why.source, f"site '{msg['name']}' keeps its shared draw: {why.reason}")
+
+    def _flip(self, msg: Message, draw: SymmetricDraw) -> None:
+        if torch._C._get_tracing_state() is not None:
+            raise FlipoutError(
+                f"flipout: site '{msg['name']}' is being traced by torch.jit, which would freeze "
+                "the number of examples; use Trace_ELBO instead of JitTrace_ELBO, or hide the site"
+            )
+        name, value = msg["name"], msg["value"]
+        self.decisions[name] = "flipped"
+        particles = any(f.name in PARTICLE_PLATES for f in msg["cond_indep_stack"])
+        msg["value"] = flip(
+            value,
+            draw.center,
+            draw.delta,
+            site=name,
+            execution=self._execution_of(name),
+            lead_dims=value.dim() - msg["fn"].event_dim if particles else 0,
+        )
+
+    def _execution_of(self, name: str) -> Execution:
+        """The current execution: a new one for a new trace, or when a site comes again."""
+        trace = next(
+            (f.trace for f in reversed(runtime._PYRO_STACK) if isinstance(f, TraceMessenger)), None
+        )
+        if self._execution is None or name in self._sites or trace is not self._trace():
+            self._execution = Execution(self.example_dim, self.on_missing_rule, self._share)
+            self._sites = set()
+            self._trace = (lambda: None) if trace is None else weakref.ref(trace)
+        self._sites.add(name)
+        return self._execution
+
+    # -------------------------------------------------------------------- warnings
+
+    def _share(self, site: str, reason: str) -> None:
+        self._shared[site] = reason
+        self.decisions[site] = f"shared: {reason}"
+        self._tell(site, f"site '{site}' keeps its shared draw from now on: {reason}")
+
+    def _tell(self, key: str, message: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            warnings.warn(f"flipout: {message}", FlipoutWarning, stacklevel=2)
+
+    def _check_prior(self, msg: Message, draws: list[Draw]) -> None:
+        """A site drawn here from flipped parameters needs them to be one joint draw."""
+        if self._execution is not None and replayed_site(msg) is None:
+            for draw in draws:
+                self._execution.share([draw], depends(msg["name"], draw.site))
+
+    def _check_plates(self, msg: Message) -> None:
+        """The examples that the rules counted must be a data plate of what is observed."""
+        if self._execution is None or self._execution.num_examples in (None, 0, 1):
+            return
+        sizes = {
+            f.name: int(f.size)
+            for f in msg["cond_indep_stack"]
+            if f.vectorized and f.name not in PARTICLE_PLATES
+        }
+        num_examples = self._execution.num_examples
+        if sizes and num_examples not in sizes.values():
+            self._tell(
+                msg["name"],
+                f"{num_examples} examples were counted in dimension {self.example_dim} of the "
+                f"data, but the observed site '{msg['name']}' is in plates of sizes {sizes}; "
+                "set example_dim to the dimension of the data that counts the examples",
+            )
+
+
+class _Continuation:
+    """Runs ``step``, then whatever continuation the message has already.
+
+    Post-hooks run from the outermost handler inwards, so the innermost handler is first.
+    """
+
+    def __init__(self, step: Callable[[Message], None], msg: Message) -> None:
+        self.step = step
+        self.before = msg["continuation"]
+
+    def __call__(self, msg: Message) -> None:
+        self.step(msg)
+        if self.before is not None:
+            self.before(msg)
+
+
+def _names(option: str, names: Iterable[str] | None) -> frozenset[str] | None:
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise TypeError(f"flipout: got {option}={names!r}, expected a list of site names")
+    return frozenset(names)
+
+
+def _is_discrete(fn: Any) -> bool:
+    try:
+        return bool(fn.support.is_discrete)
+    except (AttributeError, NotImplementedError):
+        return False
+
+
+def _strip(fn: Any) -> list[Draw]:
+    """Replaces flipped weights in a distribution by their shared draws, in place."""
+    draws: list[Draw] = []
+    seen, todo = set(), [fn]
+    while todo:
+        obj = todo.pop()
+        if isinstance(obj, (list, tuple)):
+            todo += obj
+        elif isinstance(obj, (Distribution, Transform)) and id(obj) not in seen:
+            seen.add(id(obj))  # transforms refer to their inverses
+            for name, item in vars(obj).items():
+                if isinstance(item, FlipoutTensor):
+                    draws += item.draws
+                    vars(obj)[name] = item.plain
+                else:
+                    todo.append(item)
+    return draws
+
+
+def _plain_in_traces(msg: Message) -> None:
+    """Keeps traces plain where another handler computed a site from flipped weights."""
+    _strip(msg["fn"])
+    for frame in runtime._PYRO_STACK:
+        if isinstance(frame, TraceMessenger):
+            node = frame.trace.nodes.get(msg["name"])
+            if node is not None and isinstance(node["value"], FlipoutTensor):
+                node["value"] = node["value"].plain

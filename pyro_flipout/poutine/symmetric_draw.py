@@ -1,0 +1,341 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The question which symmetric draw a value is.
+
+A value reaches the model's program in one of several ways, and each says where the
+centre of its distribution is, if it has one:
+
+==========================================  ==========================================
+replayed from a guide with a symmetric fn   centre of the *guide's* fn
+replayed ``Delta`` whose value is a view    the same view of the centre of that draw
+of another draw of the guide (autoguides)
+really drawn here, from ``msg["fn"]``       centre of that fn
+observed, conditioned, set by a handler     none
+==========================================  ==========================================
+
+What cannot be shown to be a symmetric draw, independent of all other draws, is left
+alone. This module only *finds* the draw; what to do with it is the estimator's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import pyro.poutine.runtime as runtime
+import torch
+from pyro.distributions import Delta
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.condition_messenger import ConditionMessenger
+from pyro.poutine.do_messenger import DoMessenger
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.equalize_messenger import EqualizeMessenger
+from pyro.poutine.escape_messenger import EscapeMessenger
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.infer_config_messenger import InferConfigMessenger
+from pyro.poutine.lift_messenger import LiftMessenger
+from pyro.poutine.markov_messenger import MarkovMessenger
+from pyro.poutine.mask_messenger import MaskMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.reentrant_messenger import ReentrantMessenger
+from pyro.poutine.reparam_messenger import ReparamMessenger
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.scale_messenger import ScaleMessenger
+from pyro.poutine.seed_messenger import SeedMessenger
+from pyro.poutine.subsample_messenger import SubsampleMessenger
+from pyro.poutine.substitute_messenger import SubstituteMessenger
+from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from torch import Tensor
+from torch.distributions import Distribution, Transform, constraints
+
+from pyro_flipout.errors import NotSymmetricError
+from pyro_flipout.symmetric import symmetric_center
+
+__all__ = ["NoDraw", "SymmetricDraw", "find_symmetric_draw", "is_real", "replayed_site"]
+
+Message: TypeAlias = Any
+"""A ``pyro.poutine.runtime.Message``, of which Pyro types not every key."""
+
+
+@dataclass(frozen=True)
+class SymmetricDraw:
+    """A value that is ``center + delta``, with ``delta`` symmetric and factorised.
+
+    :ivar center: shape of the value.
+    :ivar delta: shape of the value.
+    """
+
+    center: Tensor
+    delta: Tensor
+
+
+@dataclass(frozen=True)
+class NoDraw:
+    """A value that is no symmetric draw.
+
+    :ivar reason: why, in words.
+    :ivar tell: whether the user would want to know.
+    :ivar source: what the reason is about; one warning is given for each.
+    """
+
+    reason: str
+    tell: bool = False
+    source: str = ""
+
+
+# Handlers of Pyro that leave the value of an unobserved continuous site alone, or mark
+# what they set as observed. Any other handler that sees sample sites may have set it.
+_NEVER_SETS_VALUES = (
+    BlockMessenger,
+    BroadcastMessenger,
+    ConditionMessenger,
+    DoMessenger,
+    EnumMessenger,
+    EqualizeMessenger,
+    EscapeMessenger,
+    GuideMessenger,
+    IndepMessenger,
+    InferConfigMessenger,
+    LiftMessenger,
+    MarkovMessenger,
+    MaskMessenger,
+    ReentrantMessenger,
+    ReparamMessenger,
+    ReplayMessenger,
+    ScaleMessenger,
+    SeedMessenger,
+    SubsampleMessenger,
+    SubstituteMessenger,
+    TraceMessenger,
+    UnconditionMessenger,
+)
+
+
+def find_symmetric_draw(msg: Message, vouched: bool = False) -> SymmetricDraw | NoDraw:
+    """Finds the symmetric draw that the value of a sample site is.
+
+    :param msg: a sample message with its final value, seen with the handlers that
+        processed it still on the stack.
+    :param vouched: the user named this site, so that unknown handlers are trusted.
+    """
+    if msg["is_observed"]:
+        return NoDraw("it is observed")
+    if msg.get("_intervener_id") is not None:
+        return NoDraw("it is intervened on, and nothing in the model uses it")
+    replayed = replayed_site(msg)
+    if replayed is not None:
+        return _replayed(msg, *replayed)
+    setter = _value_setter(msg["name"], vouched)
+    if setter is not None:
+        return setter
+    if msg["mask"] is False:
+        return NoDraw("its density is masked out, as in Predictive")
+    return _drawn(msg)
+
+
+def replayed_site(msg: Message) -> tuple[Message, Trace] | None:
+    """The guide's site that the value was replayed from, and the guide's trace."""
+    value = getattr(msg["value"], "plain", msg["value"])
+    for frame in runtime._PYRO_STACK:
+        if isinstance(frame, ReplayMessenger) and frame.trace is not None:
+            node = frame.trace.nodes.get(msg["name"])
+            if node is not None and node["value"] is value:
+                return node, frame.trace
+    return None
+
+
+def _value_setter(name: str, vouched: bool) -> NoDraw | None:
+    """Whether a handler on the stack may have set the value instead of drawing it."""
+    for frame in runtime._PYRO_STACK:
+        if isinstance(frame, InitMessenger):
+            return NoDraw("it is set by an initialisation")
+        if isinstance(frame, LiftMessenger) and name in frame._samples_cache:
+            return NoDraw("it is a parameter lifted to a sample site")
+        if vouched or isinstance(frame, _NEVER_SETS_VALUES) or _is_transparent(frame):
+            continue
+        kind = type(frame).__name__
+        return NoDraw(
+            f"the handler {kind} may have set its value; if it does not, name the site in "
+            "flipout(expose=[...])",
+            tell=True,
+            source=kind,
+        )
+    return None
+
+
+def _is_transparent(frame: Messenger) -> bool:
+    cls = type(frame)
+    return getattr(cls, "never_sets_values", False) or (
+        cls._process_message is Messenger._process_message and not hasattr(cls, "_pyro_sample")
+    )
+
+
+def _drawn(msg: Message) -> SymmetricDraw | NoDraw:
+    fn, value = msg["fn"], msg["value"]
+    try:
+        center = symmetric_center(fn)
+    except NotSymmetricError as why:
+        # Under a GuideMessenger `fn` is the posterior, whose support torch may not know.
+        prior = msg["infer"].get("prior", fn)
+        return NoDraw(str(why), tell=is_real(prior), source=msg["name"])
+    if _is_delta(fn):
+        return NoDraw("it is a Delta, which has no perturbation")
+    return SymmetricDraw(center, value - center)
+
+
+def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDraw:
+    name, fn, value = node["name"], node["fn"], node["value"]
+    tell = is_real(msg["fn"])
+    source, center = node, None
+    if _is_delta(fn):
+        found = _aliased_draw(value, trace)
+        if found is None:
+            return _no_source(msg, value, trace)
+        source = found
+    try:
+        center = symmetric_center(source["fn"])
+    except NotSymmetricError as why:
+        reason = f"the guide draws '{source['name']}' jointly or skewed: {why}"
+        return NoDraw(reason, tell, source["name"])
+    if source is not node:
+        center = _same_view(value, source["value"], center)
+    blocker = _score_function(source, center) or _entangled(name, source, trace)
+    if blocker is not None:
+        return blocker
+    return SymmetricDraw(center, value - center)
+
+
+def _no_source(msg: Message, value: Tensor, trace: Trace) -> NoDraw:
+    names = sorted({*_upstream(value, trace)} - {msg["name"]})
+    if not names:
+        return NoDraw("the guide has a point there (a Delta), which has no perturbation")
+    return NoDraw(
+        f"the guide computes it from {names} in a way that flipout cannot see through; use a "
+        "factorised guide such as AutoNormal",
+        tell=is_real(msg["fn"]),
+        source=names[0],
+    )
+
+
+def _aliased_draw(value: Tensor, trace: Trace) -> Message | None:
+    """The draw of the guide that ``value`` is a view of, by storage."""
+    if value.numel() == 0:
+        return None
+    storage = value.untyped_storage().data_ptr()
+    for node in trace.nodes.values():
+        if node["type"] == "sample" and not node["is_observed"] and not _is_delta(node["fn"]):
+            other = node["value"]
+            if isinstance(other, Tensor) and other.untyped_storage().data_ptr() == storage:
+                return node
+    return None
+
+
+def _same_view(view: Tensor, base: Tensor, center: Tensor) -> Tensor:
+    """The view of ``center`` that ``view`` is of ``base``."""
+    center = center.expand(base.shape)
+    offset = view.storage_offset() - base.storage_offset()
+    if base.is_contiguous() and view.is_contiguous():
+        flat = center.reshape(-1)
+        if view.numel() != base.numel():
+            flat = flat[offset : offset + view.numel()]
+        return flat.view(view.shape)
+    if center.stride() != base.stride():
+        center = torch.empty_strided(
+            base.shape, base.stride(), dtype=center.dtype, device=center.device
+        ).copy_(center)
+    return center.as_strided(view.shape, view.stride(), center.storage_offset() + offset)
+
+
+def _score_function(source: Message, center: Tensor) -> NoDraw | None:
+    """Refuses draws whose gradient is not that of a reparametrised sample."""
+    value, fn = source["value"], source["fn"]
+    if not torch.is_grad_enabled() or value.requires_grad:
+        return None
+    if not any(t.requires_grad for t in _tensors(fn)):
+        return None
+    return NoDraw(
+        f"the guide's draw '{source['name']}' is not reparametrised (or detached), and a score-"
+        "function gradient needs one joint weight for the whole mini-batch",
+        tell=True,
+        source=source["name"],
+    )
+
+
+def _entangled(name: str, source: Message, trace: Trace) -> NoDraw | None:
+    """Refuses draws that another site of the guide depends on."""
+    for other in trace.nodes.values():
+        if other["type"] != "sample" or other is source or other["name"] == name:
+            continue
+        if source["infer"].get("is_auxiliary") and _is_delta(other["fn"]):
+            continue  # autoguides cut an auxiliary draw into disjoint parts
+        if any(source["name"] in _upstream(t, trace) for t in _tensors(other["fn"])):
+            return NoDraw(depends(str(other["name"]), name), tell=True, source=name)
+    return None
+
+
+def depends(name: str, on: str) -> str:
+    """The reason that entangled draws are left shared."""
+    return (
+        f"site '{name}' depends on it, so that the two are not independent draws; "
+        f"hide '{on}', or draw '{name}' from a factorised guide"
+    )
+
+
+def _upstream(tensor: Tensor, trace: Trace) -> set[str]:
+    """Names of the draws in ``trace`` that ``tensor`` is computed from, by autograd history."""
+    if tensor.grad_fn is None:
+        return set()
+    draws: dict[Any, str] = {
+        getattr(node["value"], "grad_fn", None): str(name)
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample"
+    }
+    found: set[str] = set()
+    seen, todo = set(), [tensor.grad_fn]
+    while todo:
+        step = todo.pop()
+        if step in seen:
+            continue
+        seen.add(step)
+        if step in draws:
+            found.add(draws[step])
+        todo += [parent for parent, _ in step.next_functions if parent is not None]
+    return found
+
+
+def _tensors(fn: Any) -> Iterator[Tensor]:
+    """The tensors that a distribution is made of."""
+    seen, todo = set(), [fn]
+    while todo:
+        obj = todo.pop()
+        if isinstance(obj, Tensor):
+            yield obj
+        elif isinstance(obj, (list, tuple)):
+            todo += obj
+        elif isinstance(obj, (Distribution, Transform)) and id(obj) not in seen:
+            seen.add(id(obj))  # transforms refer to their inverses
+            todo += vars(obj).values()
+
+
+def _is_delta(fn: Any) -> bool:
+    while hasattr(fn, "base_dist") and not isinstance(fn, Delta):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
+
+
+def is_real(fn: Any) -> bool:
+    """Whether the support of ``fn`` is unconstrained."""
+    try:
+        support = fn.support
+    except (AttributeError, NotImplementedError):
+        return False
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
