@@ -21,10 +21,20 @@ Memory is O(d) instead of O(N d), and codes do not depend on N.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_EXAMPLES", "code_bits", "dense_signs", "draw_codes", "paired_signs"]
+__all__ = [
+    "MAX_EXAMPLES",
+    "Signs",
+    "code_bits",
+    "dense_signs",
+    "draw_codes",
+    "flip_signs",
+    "paired_signs",
+]
 
 MAX_EXAMPLES = 2**31
 """Largest number of examples that 32-bit codes can tell apart."""
@@ -88,6 +98,110 @@ def dense_signs(codes: Tensor, num_examples: int, dtype: torch.dtype) -> Tensor:
         torch.mul(out[:step], flip, out=out[done : done + step])
         done += step
     return out
+
+
+class Signs:
+    """The signs of N examples for d codes, as a product of two small matrices.
+
+    With ``n = a * B + b`` and ``B`` a power of two, ``a_n`` is the low bits of ``b`` and the
+    high bits of ``a``, so ``sign(n, i) = low[b, i] * high[a, i]``. Data are multiplied in
+    blocks of ``B`` examples, and no matrix of N x d signs is read or written.
+
+    :param codes: ``int32`` tensor of shape ``(d,)``.
+    :param num_examples: the number N of examples.
+    :param dtype: dtype of the signs.
+    """
+
+    def __init__(self, codes: Tensor, num_examples: int, dtype: torch.dtype) -> None:
+        self.num_examples = num_examples
+        low_bits = min(code_bits(num_examples) - 1, _LOW_BITS)
+        self.block = 1 << low_bits
+        self.low = dense_signs(codes, min(self.block, num_examples), dtype)  # (B, d)
+        high = -(-num_examples // self.block)
+        # The lowest bit of every a_n is 1: its flip is in `low` already.
+        self.high = dense_signs((codes >> low_bits) & ~1, high, dtype)  # (ceil(N / B), d)
+
+    def times(self, x: Tensor, example_dim: int, dim: int, out: Tensor | None = None) -> Tensor:
+        """``x`` with every example's entries along ``dim`` multiplied by its signs.
+
+        :param x: any shape, of size N in ``example_dim`` and of size d in ``dim``.
+        :param out: where to write; may be ``x``.
+        """
+        low, high = self._place(x, example_dim, dim)
+        if out is None:
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        whole = self.num_examples // self.block
+        for part, y, a, b in self._parts(x, out, low, high, example_dim, whole):
+            torch.mul(part, b, out=y)
+            y.mul_(a)
+        return out
+
+    def add_times(self, out: Tensor, x: Tensor, example_dim: int, dim: int) -> Tensor:
+        """``out + x * signs``, in place of ``out`` and at the cost of ``x``."""
+        low, high = self._place(x, example_dim, dim)
+        whole = self.num_examples // self.block
+        for part, y, a, b in self._parts(x, out, low, high, example_dim, whole):
+            y.addcmul_(part.mul_(b), a)
+        return out
+
+    def _place(self, x: Tensor, example_dim: int, dim: int) -> tuple[Tensor, Tensor]:
+        """The factors, broadcastable to ``x`` with its example dimension split in two."""
+        shape = [1] * (x.dim() + 1)
+        shape[dim + (dim > example_dim)] = self.low.size(1)
+        low, high = list(shape), list(shape)
+        low[example_dim + 1] = self.low.size(0)
+        high[example_dim] = self.high.size(0)
+        transposed = dim < example_dim
+        return (
+            (self.low.t() if transposed else self.low).reshape(low),
+            (self.high.t() if transposed else self.high).reshape(high),
+        )
+
+    def _parts(
+        self, x: Tensor, y: Tensor, low: Tensor, high: Tensor, dim: int, whole: int
+    ) -> list[Any]:
+        """The whole blocks of examples, then the examples that are left."""
+        parts, split = [], whole * self.block
+        if whole:
+            blocks = (t.narrow(dim, 0, split).unflatten(dim, (whole, self.block)) for t in (x, y))
+            parts.append((*blocks, high.narrow(dim, 0, whole), low))
+        rest = self.num_examples - split
+        if rest:
+            tails = (t.narrow(dim, split, rest) for t in (x, y))
+            last = low.narrow(dim + 1, 0, rest).squeeze(dim)
+            parts.append((*tails, high.select(dim, whole), last))
+        return parts
+
+
+_LOW_BITS = 5
+
+
+class _Flip(torch.autograd.Function):
+    """Multiplication by signs, which saves the codes' factors and nothing of the data."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, signs: Signs, example_dim: int, dim: int) -> Tensor:
+        ctx.signs = signs, example_dim, dim
+        return signs.times(x, example_dim, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _Flip.apply(grad, *ctx.signs), None, None, None
+
+
+def flip_signs(x: Tensor, signs: Signs, example_dim: int, dim: int) -> Tensor:
+    """``x`` times the signs of its examples along ``dim``, differentiable any number of times.
+
+    :param x: any shape, of size N in ``example_dim`` and d in ``dim``.
+
+    >>> signs = Signs(torch.tensor([0, 1, 2], dtype=torch.int32), 2, torch.float)
+    >>> flip_signs(torch.ones(2, 3), signs, 0, 1)
+    tensor([[ 1., -1.,  1.],
+            [ 1., -1., -1.]])
+    """
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return signs.times(x, example_dim, dim)
+    return _Flip.apply(x, signs, example_dim, dim)  # type: ignore[no-any-return]
 
 
 def paired_signs(codes: Tensor, examples: Tensor, dtype: torch.dtype) -> Tensor:

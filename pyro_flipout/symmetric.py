@@ -44,6 +44,7 @@ __all__ = [
     "is_symmetric",
     "register_symmetric",
     "symmetric_center",
+    "symmetric_delta",
     "why_not_symmetric",
 ]
 
@@ -138,6 +139,31 @@ def symmetric_center(dist: Distribution) -> Tensor:
             f"{tuple(center.shape)}, expected one that broadcasts to batch_shape + event_shape "
             f"= {tuple(shape)}"
         ) from why
+
+
+def symmetric_delta(dist: Distribution, value: Tensor) -> Tensor | None:
+    """The perturbation with which ``dist`` drew ``value``, if it kept it.
+
+    ``value - center`` is the same up to rounding, which matters where ``abs(center)`` is much
+    larger than the scale, and its gradient reaches the centre by two paths that cancel. A
+    distribution that computes ``value = center + delta`` can hand its ``delta`` over
+    instead: by a method ``symmetric_delta(value)`` that returns it if ``value`` *is* (not:
+    equals) the last draw, else None. Those of
+    :class:`~pyro_flipout.infer.AutoMeanField` do.
+
+    :param dist: a distribution of ``torch.distributions`` or ``pyro.distributions``.
+    :param value: a value of its support.
+    :returns: tensor of the shape of ``value``, or None.
+
+    >>> import torch, pyro.distributions as dist
+    >>> symmetric_delta(dist.Normal(0.0, 1.0), torch.tensor(0.5)) is None
+    True
+    """
+    fn: Any = dist
+    while isinstance(fn, (torch_dist.Independent, pyro_dist.MaskedDistribution)):
+        fn = fn.base_dist
+    kept = getattr(fn, "symmetric_delta", None)
+    return None if kept is None else kept(value)
 
 
 def is_symmetric(dist: Distribution) -> bool:

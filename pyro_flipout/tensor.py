@@ -23,16 +23,16 @@ References
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import resolve_name
 
-from pyro_flipout.errors import ExampleDimError, FlipoutWarning, MissingRuleError
-from pyro_flipout.signs import dense_signs, draw_codes
+from pyro_flipout.errors import ExampleDimError, MissingRuleError, warn
+from pyro_flipout.signs import Signs, dense_signs, draw_codes
 
 __all__ = [
     "RULES",
@@ -79,11 +79,13 @@ class Rule:
         function ``op`` and its arguments.
     :ivar flips: what is flipped, one line for the support table.
     :ivar limits: what is left shared or refused, one line for the support table.
+    :ivar per_particle: whether weights with leading particle dimensions are taken apart.
     """
 
     apply: Callable[..., Any]
     flips: str
     limits: str = ""
+    per_particle: bool = False
 
 
 RULES: dict[Callable[..., Any], Rule] = {}
@@ -92,7 +94,9 @@ RULES: dict[Callable[..., Any], Rule] = {}
 _QUERIES: set[Callable[..., Any]] = set()
 
 
-def implements(*ops: Callable[..., Any], flips: str, limits: str = "") -> Callable[[F], F]:
+def implements(
+    *ops: Callable[..., Any], flips: str, limits: str = "", per_particle: bool = False
+) -> Callable[[F], F]:
     """Registers the decorated function as the flipout rule of ``ops``.
 
     The rule is called as ``rule(op, *args, **kwargs)``. It returns what ``op`` would
@@ -102,6 +106,9 @@ def implements(*ops: Callable[..., Any], flips: str, limits: str = "") -> Callab
     :param ops: torch functions, as ``__torch_function__`` receives them.
     :param flips: what is flipped, for the support table in the docs.
     :param limits: what is not, for the support table.
+    :param per_particle: run the rule once for each particle of weights with leading
+        particle dimensions, and stack the results. For layers, whose torch function
+        does not know batched weights.
     :raises ValueError: if one of ``ops`` is registered already.
     """
 
@@ -112,7 +119,7 @@ def implements(*ops: Callable[..., Any], flips: str, limits: str = "") -> Callab
                     f"implements: {op} has a flipout rule already; "
                     "remove one of the two registrations"
                 )
-            RULES[op] = Rule(fn, flips, limits)
+            RULES[op] = Rule(fn, flips, limits, per_particle)
         return fn
 
     return decorator
@@ -152,8 +159,9 @@ class Execution:
         self.example_dim = example_dim
         self.on_missing_rule = on_missing_rule
         self.num_examples: int | None = None
+        self.particles_seen = False
         self._on_shared = on_shared or warn_shared
-        self._signs: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._signs: dict[tuple[int, int, torch.dtype], tuple[Tensor, Signs]] = {}
 
     def count(self, num_examples: int, counted_on: str) -> None:
         """Learns the number of examples, or checks it against the one known.
@@ -171,13 +179,31 @@ class Execution:
             )
 
     def signs(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Dense signs ``(N, *codes.shape)``, kept for the rest of the execution."""
+        """Dense signs ``(N, *codes.shape)``."""
         assert self.num_examples is not None
-        key = id(codes), dtype
+        return dense_signs(codes, self.num_examples, dtype)
+
+    def factored_signs(self, codes: Tensor, dtype: torch.dtype) -> Signs:
+        """Signs of flat ``codes`` for multiplying data, kept for the whole execution."""
+        assert self.num_examples is not None
+        key = codes.data_ptr(), codes.numel(), dtype
         if key not in self._signs:
-            signs = dense_signs(codes, self.num_examples, dtype)
-            self._signs[key] = codes, signs  # holding `codes` keeps its id unique
+            # Holding `codes` keeps its address its own.
+            self._signs[key] = codes, Signs(codes, self.num_examples, dtype)
         return self._signs[key][1]
+
+    def has_particles(self, data: Tensor, particles: int) -> bool:
+        """Whether ``data`` are ``(K, N, ...)``, with one slice for each of K particles.
+
+        Before any examples were counted data have none. Where K = N leaves it open, they
+        have particles once a layer of this execution has added that dimension.
+        """
+        count, dim = self.num_examples, self.example_dim
+        if count is None or data.dim() < dim + 2:
+            return False
+        if data.shape[0] != particles or data.shape[dim + 1] != count:
+            return False
+        return data.shape[dim] != count or self.particles_seen
 
     def share(self, draws: Iterable[Draw], reason: str) -> None:
         """Makes ``draws`` fall back to their shared values."""
@@ -189,7 +215,7 @@ class Execution:
 
 def warn_shared(site: str, reason: str) -> None:
     """Emits the one :class:`FlipoutWarning` of a site left shared."""
-    warnings.warn(f"flipout: site '{site}' keeps its shared draw: {reason}", FlipoutWarning, 2)
+    warn(f"site '{site}' keeps its shared draw: {reason}")
 
 
 class Draw:
@@ -308,12 +334,19 @@ class FlipoutTensor(Tensor):
     _terms: tuple[Term, ...]
     _execution: Execution
 
+    _lead_dims: int = 0
+
     @staticmethod
     def build(
-        plain: Tensor, center: Tensor, terms: Sequence[Term], execution: Execution
+        plain: Tensor,
+        center: Tensor,
+        terms: Sequence[Term],
+        execution: Execution,
+        lead_dims: int = 0,
     ) -> FlipoutTensor:
         """Wraps the plain value ``center + sum of deltas``."""
         self = plain.as_subclass(FlipoutTensor)
+        self._lead_dims = lead_dims
         self._plain = plain
         self._center = center
         self._terms = tuple(terms)
@@ -324,6 +357,11 @@ class FlipoutTensor(Tensor):
     def plain(self) -> Tensor:
         """The shared draw as a plain tensor."""
         return self._plain
+
+    @property
+    def lead_dims(self) -> int:
+        """Number of leading particle dimensions, ``(K, 1, ..., 1)``."""
+        return self._lead_dims
 
     @property
     def execution(self) -> Execution:
@@ -413,20 +451,22 @@ class FlipoutTensor(Tensor):
         rule = RULES.get(func)
         if rule is None and _is_query(func):
             return func(*unwrap(args), **unwrap(kwargs))
-        flipped = [w for w in _walk((args, kwargs)) if w.terms]
+        weights = list(_walk((args, kwargs)))
+        if rule is not None and rule.per_particle and any(w.lead_dims for w in weights):
+            return _over_particles(func, args, kwargs, weights)
+        flipped = [w for w in weights if w.terms]
         if not flipped:
             return func(*unwrap(args), **unwrap(kwargs))
-        name = describe(func)
         try:
             if rule is None:
-                raise NoRule(f"torch function {name} has no flipout rule")
+                raise NoRule("there is no flipout rule")
             return rule.apply(func, *args, **kwargs)
         except NoRule as why:
-            _missing_rule(name, why.weights or flipped, str(why))
+            _missing_rule(describe(func), why.weights or flipped, str(why))
             if why.weights:
                 return cls.__torch_function__(func, types, args, kwargs)
         except NotExamples as why:
-            _share(flipped, f"in {name}, {why}")
+            _share(flipped, f"in {describe(func)}, {why}")
         return func(*unwrap(args), **unwrap(kwargs))
 
 
@@ -461,7 +501,72 @@ def flip(
     execution = Execution() if execution is None else execution
     draw = Draw(site, value, execution, lead_dims)
     delta = value - center if delta is None else delta
-    return FlipoutTensor.build(value, center, (Term(delta, (draw,)),), execution)
+    return FlipoutTensor.build(value, center, (Term(delta, (draw,)),), execution, lead_dims)
+
+
+def batched(value: Tensor, execution: Execution, lead_dims: int) -> FlipoutTensor:
+    """A weight with particle dimensions that is not flipped.
+
+    :param value: shape ``(K, 1, ..., 1, *)`` with ``lead_dims`` leading dimensions.
+    """
+    return FlipoutTensor.build(value, value, (), execution, lead_dims)
+
+
+def _over_particles(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    weights: Sequence[FlipoutTensor],
+) -> Any:
+    """Runs a layer once for each particle: data ``(N, ...)`` or ``(K, N, ...)``."""
+    particles = max(w.size(0) for w in weights if w.lead_dims)
+    execution = weights[0].execution
+    data = next((t for t in _tensors((args, kwargs)) if t.dim() > execution.example_dim), None)
+    if execution.num_examples is None and data is not None:
+        execution.num_examples = data.size(execution.example_dim)
+
+    def pick(obj: Any, k: int) -> Any:
+        if isinstance(obj, FlipoutTensor):
+            return _particle(obj, k)
+        if isinstance(obj, Tensor):
+            return obj[k] if execution.has_particles(obj, particles) else obj
+        if type(obj) in (list, tuple):
+            return type(obj)(pick(item, k) for item in obj)
+        return obj
+
+    results = [
+        func(*(pick(a, k) for a in args), **{name: pick(a, k) for name, a in kwargs.items()})
+        for k in range(particles)
+    ]
+    execution.particles_seen = True
+    return torch.stack(results)
+
+
+def _tensors(obj: Any) -> Iterator[Tensor]:
+    if isinstance(obj, Tensor) and not isinstance(obj, FlipoutTensor):
+        yield obj
+    elif isinstance(obj, (list, tuple, dict)):
+        for item in obj.values() if isinstance(obj, dict) else obj:
+            yield from _tensors(item)
+
+
+def _particle(weight: FlipoutTensor, k: int) -> FlipoutTensor | Tensor:
+    lead = weight.lead_dims
+    if not lead:
+        return weight
+
+    def slice_(value: Tensor) -> Tensor:
+        index = k if value.size(0) > 1 else 0
+        return value[(index, *(0,) * (lead - 1))]
+
+    if not weight.terms:
+        return slice_(weight.plain)
+    terms = [
+        Term(slice_(t.delta), t.draws, tuple((source, slice_(c)) for source, c in t.factors))
+        for t in weight.terms
+    ]
+    center = slice_(weight.center)
+    return FlipoutTensor.build(slice_(weight.plain), center, terms, weight.execution)
 
 
 def unwrap(obj: Any) -> Any:
@@ -476,13 +581,8 @@ def unwrap(obj: Any) -> Any:
 
 
 def describe(op: Callable[..., Any]) -> str:
-    """Name of a torch function, for messages."""
-    owner = getattr(op, "__objclass__", None)
-    name: str = getattr(op, "__name__", str(op))
-    if owner is not None:
-        return f"torch.Tensor.{name}"
-    module = getattr(op, "__module__", None) or "torch"
-    return f"{module.replace('torch._C._nn', 'torch.nn.functional')}.{name}"
+    """Public name of a torch function, for messages."""
+    return resolve_name(op) or getattr(op, "__name__", str(op))
 
 
 def _walk(obj: Any) -> Iterator[FlipoutTensor]:
@@ -505,7 +605,7 @@ def _missing_rule(name: str, flipped: Sequence[FlipoutTensor], reason: str) -> N
     site = " and ".join(dict.fromkeys(w.site for w in flipped))
     remedy = "register a rule with pyro_flipout.implements, or hide it with flipout(hide=[...])"
     if any(w.execution.on_missing_rule == "error" for w in flipped):
-        raise MissingRuleError(f"flipout: site '{site}' in {name}: {reason}; {remedy}")
+        raise MissingRuleError(f"flipout: site '{site}': in {name}, {reason}; {remedy}")
     _share(flipped, f"in {name}, {reason}; {remedy}")
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,7 +16,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import Distribution, Transform
 
-from pyro_flipout.errors import FlipoutError, FlipoutWarning
+from pyro_flipout.errors import FlipoutError, warn
 from pyro_flipout.poutine.symmetric_draw import (
     Message,
     NoDraw,
@@ -26,7 +25,7 @@ from pyro_flipout.poutine.symmetric_draw import (
     find_symmetric_draw,
     replayed_site,
 )
-from pyro_flipout.tensor import Draw, Execution, FlipoutTensor, flip
+from pyro_flipout.tensor import Draw, Execution, FlipoutTensor, batched, flip
 
 __all__ = ["FlipoutMessenger"]
 
@@ -98,6 +97,7 @@ class FlipoutMessenger(Messenger):
         self.hide_fn = hide_fn
         self.expose_fn = expose_fn
         self._check_choice()
+        #: What was decided of each latent site: ``"flipped"``, or ``"shared: <reason>"``.
         self.decisions: dict[str, str] = {}
         self._shared: dict[str, str] = {}
         self._told: set[str] = set()
@@ -111,6 +111,15 @@ class FlipoutMessenger(Messenger):
             raise ValueError(
                 f"flipout: sites {sorted(both)} are named in both hide and expose; remove one"
             )
+
+    def __repr__(self) -> str:
+        options = {
+            name: getattr(self, name)
+            for name in ("example_dim", "hide", "expose", "hide_fn", "expose_fn")
+            if getattr(self, name)
+        }
+        options["on_missing_rule"] = self.on_missing_rule
+        return f"FlipoutMessenger({', '.join(f'{k}={v!r}' for k, v in options.items())})"
 
     # ------------------------------------------------------------------ life cycle
 
@@ -133,6 +142,8 @@ class FlipoutMessenger(Messenger):
         return self
 
     def __exit__(self, *args: Any) -> None:
+        if args[0] is None:
+            self._check_names()
         self._forget()
         return super().__exit__(*args)
 
@@ -182,6 +193,7 @@ class FlipoutMessenger(Messenger):
                 self._leave(msg, found)
             else:
                 self._flip(msg, found)
+        self._batch_particles(msg)
 
     def _decide(self, msg: Message) -> SymmetricDraw | NoDraw:
         name, infer = msg["name"], msg["infer"]
@@ -235,15 +247,22 @@ class FlipoutMessenger(Messenger):
             )
         name, value = msg["name"], msg["value"]
         self.decisions[name] = "flipped"
-        particles = any(f.name in PARTICLE_PLATES for f in msg["cond_indep_stack"])
         msg["value"] = flip(
             value,
             draw.center,
             draw.delta,
             site=name,
             execution=self._execution_of(name),
-            lead_dims=value.dim() - msg["fn"].event_dim if particles else 0,
+            lead_dims=_particle_dims(msg),
         )
+
+    def _batch_particles(self, msg: Message) -> None:
+        """Lets layers know the particle dimensions of a weight that is not flipped."""
+        if msg["infer"].get("_deterministic") or isinstance(msg["value"], FlipoutTensor):
+            return
+        lead = _particle_dims(msg)
+        if lead and all(f.name in PARTICLE_PLATES for f in msg["cond_indep_stack"]):
+            msg["value"] = batched(msg["value"], self._execution_of(msg["name"]), lead)
 
     def _execution_of(self, name: str) -> Execution:
         """The current execution: a new one for a new trace, or when a site comes again."""
@@ -267,13 +286,24 @@ class FlipoutMessenger(Messenger):
     def _tell(self, key: str, message: str) -> None:
         if key not in self._told:
             self._told.add(key)
-            warnings.warn(f"flipout: {message}", FlipoutWarning, stacklevel=2)
+            warn(message)
 
     def _check_prior(self, msg: Message, draws: list[Draw]) -> None:
         """A site drawn here from flipped parameters needs them to be one joint draw."""
         if self._execution is not None and replayed_site(msg) is None:
             for draw in draws:
                 self._execution.share([draw], depends(msg["name"], draw.site))
+
+    def _check_names(self) -> None:
+        """Names given to hide or expose must be those of sites."""
+        for option, names in (("hide", self.hide), ("expose", self.expose)):
+            unknown = sorted((names or frozenset()) - set(self.decisions))
+            if unknown and self.decisions:
+                self._tell(
+                    option,
+                    f"{option} names {unknown}, but the latent sites are "
+                    f"{sorted(self.decisions)}; correct the names",
+                )
 
     def _check_plates(self, msg: Message) -> None:
         """The examples that the rules counted must be a data plate of what is observed."""
@@ -316,6 +346,14 @@ def _names(option: str, names: Iterable[str] | None) -> frozenset[str] | None:
     if isinstance(names, str):
         raise TypeError(f"flipout: got {option}={names!r}, expected a list of site names")
     return frozenset(names)
+
+
+def _particle_dims(msg: Message) -> int:
+    """Number of leading particle dimensions of a weight's value, else 0."""
+    if not any(f.name in PARTICLE_PLATES for f in msg["cond_indep_stack"]):
+        return 0
+    event_dim = getattr(msg["fn"], "event_dim", 0)
+    return max(msg["value"].dim() - event_dim, 0) if event_dim else 0
 
 
 def _is_discrete(fn: Any) -> bool:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
 
@@ -15,6 +16,7 @@ from pyro_flipout.poutine.flipout_messenger import FlipoutMessenger, SiteFn
 
 __all__ = ["flipout"]
 
+_OPTIONS = list(inspect.signature(FlipoutMessenger.__init__).parameters)[1:]
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
 
@@ -67,6 +69,9 @@ def flipout(fn: Any = None, **options: Any) -> Any:
     :returns: the wrapped model, or the handler if ``fn`` is omitted.
     :raises TypeError: if ``fn`` is not a model, or an option is unknown.
     """
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown:
+        raise TypeError(f"flipout: got unknown options {unknown}, expected some of {_OPTIONS}")
     messenger = FlipoutMessenger(**options)
     if fn is None:
         return messenger

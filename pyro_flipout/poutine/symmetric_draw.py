@@ -56,7 +56,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 
 from pyro_flipout.errors import NotSymmetricError
-from pyro_flipout.symmetric import symmetric_center
+from pyro_flipout.symmetric import symmetric_center, symmetric_delta
 
 __all__ = ["NoDraw", "SymmetricDraw", "find_symmetric_draw", "is_real", "replayed_site"]
 
@@ -187,7 +187,7 @@ def _drawn(msg: Message) -> SymmetricDraw | NoDraw:
         return NoDraw(str(why), tell=is_real(prior), source=msg["name"])
     if _is_delta(fn):
         return NoDraw("it is a Delta, which has no perturbation")
-    return SymmetricDraw(center, value - center)
+    return _split(fn, value, center)
 
 
 def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDraw:
@@ -209,7 +209,12 @@ def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDr
     blocker = _score_function(source, center) or _entangled(name, source, trace)
     if blocker is not None:
         return blocker
-    return SymmetricDraw(center, value - center)
+    return _split(fn, value, center)
+
+
+def _split(fn: Distribution, value: Tensor, center: Tensor) -> SymmetricDraw:
+    kept = symmetric_delta(fn, value)
+    return SymmetricDraw(center, value - center if kept is None else kept)
 
 
 def _no_source(msg: Message, value: Tensor, trace: Trace) -> NoDraw:

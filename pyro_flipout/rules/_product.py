@@ -16,11 +16,14 @@ weight for each example, and broadcast against the data.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_flipout.signs import Signs, flip_signs
 from pyro_flipout.tensor import (
     Execution,
     FlipoutTensor,
@@ -69,6 +72,75 @@ def find_examples(weight: FlipoutTensor, data: Tensor, used: Sequence[int], name
     return dim
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """An operation linear in data and weight, with its gradient.
+
+    :ivar forward: ``(data, weight, bias) -> out``.
+    :ivar backward: ``(grad, data, weight, (need_data, need_weight)) -> (data's, weight's)``.
+    :ivar bias_dim: dimension of the output along which the bias lies.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor, tuple[bool, bool]], tuple[Any, Any]]
+    bias_dim: int = -1
+
+
+Placed = tuple[Signs, int, int]
+"""Signs, with the example dimension and the dimension they vary along."""
+
+
+class _FlippedProduct(torch.autograd.Function):
+    """``f(x, C) + bias + R ∘ f(x ∘ S, Δ)``, saving x, C and Δ and nothing of x's size more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        data: Tensor,
+        center: Tensor,
+        delta: Tensor,
+        bias: Tensor | None,
+        kernel: Kernel,
+        into_data: Placed | None,
+        into_out: Placed | None,
+    ) -> Tensor:
+        ctx.save_for_backward(data, center, delta)
+        ctx.kernel, ctx.into_data, ctx.into_out = kernel, into_data, into_out
+        out = kernel.forward(data, center, bias)
+        flipped = kernel.forward(_flip(data, into_data), delta, None)
+        if into_out is None:
+            return out.add_(flipped)
+        return into_out[0].add_times(out, flipped, *into_out[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        data, center, delta = ctx.saved_tensors
+        kernel, need = ctx.kernel, ctx.needs_input_grad
+        grad_data, grad_center = kernel.backward(grad, data, center, (need[0], need[1]))
+        grad_delta = None
+        if need[0] or need[2]:
+            flipped = _flip(data, ctx.into_data) if need[2] else data
+            flipped_grad = _flip(grad, ctx.into_out)
+            more, grad_delta = kernel.backward(flipped_grad, flipped, delta, (need[0], need[2]))
+            if need[0]:
+                grad_data = grad_data + _flip(more, ctx.into_data)
+        grad_bias = grad.transpose(kernel.bias_dim, -1).flatten(0, -2).sum(0) if need[3] else None
+        return grad_data, grad_center, grad_delta, grad_bias, None, None, None
+
+
+def _flip(x: Tensor, placed: Placed | None) -> Tensor:
+    return x if placed is None else flip_signs(x, *placed)
+
+
+def _cast(*tensors: Tensor | None) -> list[Any]:
+    """What autocast would do to the arguments of a matrix product."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
+
+
 def flipped_product(
     weight: FlipoutTensor,
     data: Tensor,
@@ -78,8 +150,9 @@ def flipped_product(
     example_dim: int,
     out_example_dim: int | None = None,
     groups: int = 1,
-    apply_center: Callable[[Tensor, Tensor], Tensor] | None = None,
     out_groups: int = 1,
+    kernel: Kernel | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Computes ``apply(x_n, W_n)`` for every example with one product a term.
 
@@ -90,24 +163,38 @@ def flipped_product(
     :param example_dim: dimension of ``data`` that counts the examples.
     :param out_example_dim: the same for the output, if it differs.
     :param groups: the weight's contracted dimension serves this many blocks of the data.
-    :param apply_center: replaces ``apply`` for the product with the centre, where a
-        bias of all examples is added for free.
     :param out_groups: the same for the surviving dimension and the output.
+    :param kernel: the operation with its gradient, where one is written for it: less
+        memory and fewer passes than autograd's.
+    :param bias: a plain bias, of all examples; needs ``kernel``.
     :raises NoRule: if a sign can move neither onto the data nor onto the output.
     """
     out_example_dim = example_dim if out_example_dim is None else out_example_dim
     execution = weight.execution
-    out = (apply_center or apply)(data, weight.center)
+    center, out = weight.center, None
     for term in weight.terms:
         into_data, into_out = _route(term, data_dims, out_dims)
+
+        def place(where: dict[int, Tensor], like: Tensor, at: int, blocks: int) -> list[Placed]:
+            return [_place(execution, c, like, at, dim, blocks) for dim, c in where.items()]
+
+        if kernel is not None and out is None and max(len(into_data), len(into_out)) < 2:
+            x, c, d, b = _cast(data, center, term.delta, bias)
+            before = place(into_data, x, example_dim, groups)
+            after = place(into_out, x, out_example_dim, out_groups)
+            with torch.autocast(x.device.type, enabled=False):
+                out = _FlippedProduct.apply(
+                    x, c, d, b, kernel, *(p[0] if p else None for p in (before, after))
+                )
+            continue
+        if out is None:
+            out = apply(data, center) if bias is None else kernel.forward(data, center, bias)
         x = data
-        for dim, codes in into_data.items():
-            codes = codes if groups == 1 else codes.repeat(groups)
-            x = x * place_signs(execution, codes, data, example_dim, dim)
+        for placed in place(into_data, data, example_dim, groups):
+            x = flip_signs(x, *placed)
         y = apply(x, term.delta)
-        for dim, codes in into_out.items():
-            codes = codes if codes.numel() == 1 else codes.repeat(out_groups)
-            y = y * place_signs(execution, codes, y, out_example_dim, dim)
+        for placed in place(into_out, y, out_example_dim, out_groups):
+            y = flip_signs(y, *placed)
         out = out + y
     return out
 
@@ -133,16 +220,14 @@ def _route(
     return into_data, into_out
 
 
-def place_signs(
-    execution: Execution, codes: Tensor, like: Tensor, example_dim: int, dim: int
-) -> Tensor:
-    """Signs of flat ``codes``, broadcastable to ``like``, examples in ``example_dim``."""
+def _place(
+    execution: Execution, codes: Tensor, like: Tensor, example_dim: int, dim: int, blocks: int
+) -> Placed:
+    """Signs of flat ``codes`` in the dtype of ``like``, each repeated for ``blocks``."""
     if dim == example_dim:
         raise NoRule(f"dimension {dim} of the data is both the example and the weight's")
-    signs = execution.signs(codes, like.dtype)  # (N, size)
-    shape = [1] * like.dim()
-    shape[example_dim], shape[dim] = signs.shape
-    return (signs if example_dim < dim else signs.t()).reshape(shape)
+    codes = codes if blocks == 1 or codes.numel() == 1 else codes.repeat(blocks)
+    return execution.factored_signs(codes, like.dtype), example_dim, dim
 
 
 def per_example(weight: FlipoutTensor, ndim: int, example_dim: int) -> Tensor:

@@ -26,7 +26,9 @@ from pyro_flipout.rules._product import find_examples, flipped_product, plain
 from pyro_flipout.tensor import Factor, FlipoutTensor, NoRule, NotExamples, Term, implements
 
 FLIPS = "contracted and surviving dimensions of the weight; of two weights those that survive"
-LIMITS = "two weights, one of which met examples before with signs along a summed dimension: no rule"
+LIMITS = (
+    "two weights, one of which met examples before with signs along a summed dimension: no rule"
+)
 
 
 @implements(
@@ -91,7 +93,9 @@ def contract(
         apply = op
     # A letter on both sides where the weight has size 1 broadcasts: it is the data's own.
     own = {
-        name: dim for dim, name in enumerate(weight_names) if weight.size(dim) > 1 or name not in data_names
+        name: dim
+        for dim, name in enumerate(weight_names)
+        if weight.size(dim) > 1 or name not in data_names
     }
     used = [dim for dim, name in enumerate(data_names) if _uses(weight, own, name, out)]
     dim = find_examples(weight, data, used, op.__name__)
@@ -264,7 +268,7 @@ def _parse(equation: str, ndims: Sequence[int]) -> tuple[list[str], str]:
     left, arrow, out = equation.partition("->")
     names = left.split(",")
     if "..." in equation:
-        spare = [c for c in "0123456789"]
+        spare = list("0123456789")
         longest = ""
         for i, (name, ndim) in enumerate(zip(names, ndims, strict=True)):
             if "..." in name:

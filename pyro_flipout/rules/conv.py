@@ -12,15 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flipout.rules._product import find_examples, flipped_product
+from pyro_flipout.rules._product import Kernel, find_examples, flipped_product
 from pyro_flipout.tensor import FlipoutTensor, NoRule, NotExamples, implements
-
 
 FLIPS = "output and input channels of the weight, channels of the bias"
 LIMITS = "unbatched input has no example dimension: shared"
 
 
-@implements(F.conv1d, F.conv2d, F.conv3d, flips=FLIPS, limits=LIMITS)
+@implements(F.conv1d, F.conv2d, F.conv3d, flips=FLIPS, limits=LIMITS, per_particle=True)
 def conv(
     op: Callable[..., Tensor],
     input: Tensor,
@@ -38,13 +37,63 @@ def conv(
 
     if isinstance(weight, FlipoutTensor):
         dim = find_examples(weight, input, [1, *range(2, input.dim())], op.__name__)
-        out = flipped_product(weight, input, apply, {1: 1}, {0: 1}, dim, groups=groups)
+        kernel = _kernel(weight, stride, padding, dilation, groups)
+        fused = None if isinstance(bias, FlipoutTensor) or kernel is None else bias
+        out = flipped_product(
+            weight, input, apply, {1: 1}, {0: 1}, dim, groups=groups, kernel=kernel, bias=fused
+        )
+        bias = None if fused is not None else bias
     else:
         out = apply(input, weight)
     return out if bias is None else out + channelwise(bias, spatial)
 
 
-@implements(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, flips=FLIPS, limits=LIMITS)
+def _kernel(
+    weight: Tensor,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    output_padding: Any = None,
+) -> Kernel | None:
+    """The convolution and its gradient, transposed if it has ``output_padding``."""
+    spatial = weight.dim() - 2
+    stride, dilation, out_pad = (
+        _ntuple(v, spatial) for v in (stride, dilation, output_padding or 0)
+    )
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if any(t % 2 for t in total):
+            return None  # pads one side more: left to torch
+        padding = [t // 2 for t in total]
+    padding = _ntuple(0 if padding == "valid" else padding, spatial)
+    options = (stride, padding, dilation, output_padding is not None, out_pad, groups)
+
+    def forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return torch.convolution(x, w, b, *options)
+
+    def backward(
+        grad: Tensor, x: Tensor, w: Tensor, need: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        mask = [*need, False]
+        grads = torch.ops.aten.convolution_backward(grad, x, w, None, *options, mask)
+        return grads[0], grads[1]
+
+    return Kernel(forward, backward, bias_dim=1)
+
+
+def _ntuple(value: Any, count: int) -> list[int]:
+    return [value] * count if isinstance(value, int) else [*value] * (count // len(value))
+
+
+@implements(
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+    flips=FLIPS,
+    limits=LIMITS,
+    per_particle=True,
+)
 def conv_transpose(
     op: Callable[..., Tensor],
     input: Tensor,
@@ -63,7 +112,10 @@ def conv_transpose(
 
     if isinstance(weight, FlipoutTensor):
         dim = find_examples(weight, input, [1, *range(2, input.dim())], op.__name__)
-        out = flipped_product(weight, input, apply, {0: 1}, {1: 1}, dim, out_groups=groups)
+        kernel = _kernel(weight, stride, padding, dilation, groups, output_padding)
+        out = flipped_product(
+            weight, input, apply, {0: 1}, {1: 1}, dim, out_groups=groups, kernel=kernel
+        )
     else:
         out = apply(input, weight)
     return out if bias is None else out + channelwise(bias, spatial)

@@ -221,7 +221,7 @@ def neg(op: Callable[..., Tensor], input: FlipoutTensor) -> Tensor:
     return map_values(input, torch.neg)
 
 
-@implements(F.prelu, flips="the slope of every channel")
+@implements(F.prelu, flips="the slope of every channel", per_particle=True)
 def prelu(op: Callable[..., Tensor], input: Tensor, weight: Tensor) -> Tensor:
     if isinstance(input, FlipoutTensor):
         raise NoRule("the input is itself a flipped weight")

@@ -10,15 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flipout.rules._product import find_examples, flipped_product, plain
+from pyro_flipout.rules._product import Kernel, find_examples, flipped_product, plain
 from pyro_flipout.tensor import FlipoutTensor, NoRule, implements
 
 
-@implements(F.linear, flips="outputs and inputs of the weight, outputs of the bias")
+@implements(
+    F.linear, flips="outputs and inputs of the weight, outputs of the bias", per_particle=True
+)
 def linear(op: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
     if isinstance(input, FlipoutTensor):
         out = torch.matmul(input, weight.mT if weight.dim() > 1 else weight)
@@ -30,12 +31,24 @@ def linear(op: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Any =
     dim = find_examples(weight, input, [last], "F.linear") if dim is None else dim
     out_dims = {0: last} if weight.dim() == 2 else {}  # weight (out, in) or (in,)
     in_dim = weight.dim() - 1
-    fused = None if isinstance(bias, FlipoutTensor) else bias
+    kernel = LINEAR if weight.dim() == 2 else None
+    fused = None if isinstance(bias, FlipoutTensor) or kernel is None else bias
     out = flipped_product(
-        weight, input, op, {in_dim: last}, out_dims, dim, apply_center=lambda x, w: op(x, w, fused)
+        weight, input, op, {in_dim: last}, out_dims, dim, kernel=kernel, bias=fused
     )
     return out if bias is fused else torch.add(out, bias)
 
+
+def _linear_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        grad @ weight if need[0] else None,
+        grad.flatten(0, -2).t() @ input.flatten(0, -2) if need[1] else None,
+    )
+
+
+LINEAR = Kernel(F.linear, _linear_backward)
 
 _IN_PROJECTION = getattr(getattr(F, "_in_projection", None), "__code__", None)
 
@@ -57,7 +70,11 @@ def _attention_dim(weight: FlipoutTensor, input: Tensor) -> int | None:
     return None
 
 
-@implements(F.bilinear, flips="outputs and first inputs of the weight, outputs of the bias")
+@implements(
+    F.bilinear,
+    flips="outputs and first inputs of the weight, outputs of the bias",
+    per_particle=True,
+)
 def bilinear(
     op: Callable[..., Tensor],
     input1: Tensor,

@@ -30,7 +30,7 @@ def _check(*tensors: Any) -> None:
         raise NotExamples(NESTED)
 
 
-@implements(F.layer_norm, flips=FLIPS)
+@implements(F.layer_norm, flips=FLIPS, per_particle=True)
 def layer_norm(
     op: Callable[..., Tensor],
     input: Tensor,
@@ -43,7 +43,7 @@ def layer_norm(
     return _affine(op(input, normalized_shape, None, None, eps), weight, bias)
 
 
-@implements(F.rms_norm, flips="affine weight")
+@implements(F.rms_norm, flips="affine weight", per_particle=True)
 def rms_norm(
     op: Callable[..., Tensor],
     input: Tensor,
@@ -66,7 +66,7 @@ def _per_channel(
     )
 
 
-@implements(F.group_norm, flips=FLIPS)
+@implements(F.group_norm, flips=FLIPS, per_particle=True)
 def group_norm(
     op: Callable[..., Tensor],
     input: Tensor,
@@ -79,7 +79,7 @@ def group_norm(
     return _per_channel(op(input, num_groups, None, None, eps), weight, bias)
 
 
-@implements(F.batch_norm, F.instance_norm, flips=FLIPS)
+@implements(F.batch_norm, F.instance_norm, flips=FLIPS, per_particle=True)
 def batch_norm(
     op: Callable[..., Tensor],
     input: Tensor,

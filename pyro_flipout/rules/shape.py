@@ -5,6 +5,9 @@
 
 The result is a flipped weight again, as long as each sign factor still varies along one
 dimension only; else there is no rule (as for a flattened matrix split anew).
+
+A weight divided by a norm of its own is not linear in it, and shared: the direction of weight
+norm (its length is flipped), spectral norm, orthogonal parametrisations.
 """
 
 from __future__ import annotations
@@ -26,13 +29,15 @@ def map_values(weight: FlipoutTensor, fn: ValueMap, plain: Tensor | None = None)
     """Applies a linear map that keeps every entry in its place."""
     terms = [Term(fn(t.delta), t.draws, t.factors) for t in weight.terms]
     plain = fn(weight.plain) if plain is None else plain
-    return FlipoutTensor.build(plain, fn(weight.center), terms, weight.execution)
+    return FlipoutTensor.build(plain, fn(weight.center), terms, weight.execution, weight.lead_dims)
 
 
 def map_entries(weight: FlipoutTensor, fn: ValueMap) -> FlipoutTensor:
     """Applies a map that moves, drops or repeats entries: signs move along."""
     terms = [Term(fn(t.delta), t.draws, map_factors(t, weight.shape, fn)) for t in weight.terms]
-    return FlipoutTensor.build(fn(weight.plain), fn(weight.center), terms, weight.execution)
+    plain, lead = fn(weight.plain), weight.lead_dims
+    lead = lead if plain.shape[:lead] == weight.shape[:lead] else 0
+    return FlipoutTensor.build(plain, fn(weight.center), terms, weight.execution, lead)
 
 
 def map_factors(term: Term, shape: torch.Size, fn: ValueMap) -> tuple[Factor, ...]:
@@ -236,24 +241,33 @@ def masked_fill(
     return FlipoutTensor.build(plain, op(input.center, mask, value), terms, input.execution)
 
 
+def _choice(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:
+    names = (
+        ["condition", "input", "other"] if op is torch.where else ["input", "condition", "other"]
+    )
+    bound = {**dict(zip(names, args, strict=False)), **kwargs}
+    if set(bound) != set(names):
+        raise NoRule("torch.where without values to choose from")
+    return bound["condition"], bound["input"], bound["other"]
+
+
 @implements(torch.where, Tensor.where, flips=FLIPS, limits="a condition larger than both: no rule")
-def where(op: Callable[..., Tensor], *args: Any) -> Tensor:
-    condition, a, b = args if op is torch.where else (args[1], args[0], args[2])
-    values = [getattr(value, "plain", value) for value in (a, b)]
-    plain = torch.where(condition, *values)
-    if isinstance(condition, FlipoutTensor) or plain.shape != torch.broadcast_shapes(
-        *(getattr(value, "shape", ()) for value in values)
-    ):
+def where(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    condition, a, b = _choice(op, *args, **kwargs)
+    plain = torch.where(condition, getattr(a, "plain", a), getattr(b, "plain", b))
+    shape = torch.broadcast_shapes(getattr(a, "shape", ()), getattr(b, "shape", ()))
+    if isinstance(condition, FlipoutTensor) or plain.shape != shape:
         raise NoRule("the condition is a flipped weight, or larger than what it chooses from")
-    centers = [getattr(value, "center", value) for value in (a, b)]
-    terms = []
+    center = torch.where(condition, getattr(a, "center", a), getattr(b, "center", b))
+    terms: list[Term] = []
     for weight, chosen in ((a, condition), (b, ~condition)):
         if isinstance(weight, FlipoutTensor):
             execution = weight.execution
-            terms += map_values(
-                expand_weight(weight, plain.shape), lambda t, m=chosen: torch.where(m, t, 0)
-            ).terms
-    return FlipoutTensor.build(plain, torch.where(condition, *centers), terms, execution)
+            expanded = expand_weight(weight, shape)
+            terms += [
+                Term(t.delta.masked_fill(~chosen, 0), t.draws, t.factors) for t in expanded.terms
+            ]
+    return FlipoutTensor.build(plain, center, terms, execution)
 
 
 @implements(F.dropout, flips=FLIPS + ", with one mask for all examples")

@@ -45,7 +45,7 @@ def weight(infer=None):
             ValueError,
             "both hide_fn and expose_fn",
         ),
-        ({"exampledim": 1}, TypeError, "exampledim"),
+        ({"exampledim": 1}, TypeError, r"unknown options \['exampledim'\], expected some of"),
     ],
 )
 def test_options(options, error, words):
@@ -111,7 +111,9 @@ def test_missing_rule_warns_once_and_shares():
         return F.linear(x, weight().exp())
 
     handler = Recording()
-    with pytest.warns(FlipoutWarning, match=r"site 'w'.* torch.Tensor.exp has no flipout rule"):
+    with pytest.warns(
+        FlipoutWarning, match=r"site 'w'.*: in torch.Tensor.exp, there is no flipout rule; register"
+    ):
         handler(model)(X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -121,7 +123,10 @@ def test_missing_rule_warns_once_and_shares():
 
 def test_missing_rule_error():
     handler = flipout(on_missing_rule="error")
-    with pytest.raises(MissingRuleError, match=r"site 'w' .*exp has no .*hide=\[...\]"), handler:
+    with (
+        pytest.raises(MissingRuleError, match=r"site 'w': in .*exp, there is no .*hide=\[...\]"),
+        handler,
+    ):
         weight().exp()
 
 
@@ -190,6 +195,28 @@ def test_choice_of_sites(options, flipped):
     handler = Recording(**options)
     handler(model)(X)
     assert set(handler.seen) == flipped
+
+
+@pytest.mark.parametrize("option", ["hide", "expose"])
+def test_names_that_are_no_sites(option):
+    handler = flipout(**{option: ["w", "net.0.wieght"]})
+    with pytest.warns(FlipoutWarning, match=option + r" names \['net.0.wieght'\], .*\['w'\]"):
+        handler(lambda: F.linear(X, weight()))()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handler(lambda: F.linear(X, weight()))()
+
+
+def test_warnings_point_at_the_users_line():
+    with pytest.warns(FlipoutWarning) as caught:
+        flipout(lambda: weight().exp())()
+    assert caught[0].filename == __file__
+
+
+def test_the_handler_shows_its_options():
+    assert repr(flipout(example_dim=1, hide=["w"])) == (
+        "FlipoutMessenger(example_dim=1, hide=frozenset({'w'}), on_missing_rule='warn')"
+    )
 
 
 def test_an_unknown_handler_may_have_set_the_value():

@@ -1,0 +1,186 @@
+"""Vectorised particles and parallel Predictive with stock layers."""
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import torch
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoNormal
+from torch import nn
+
+from pyro_flipout import FlipoutWarning, flipout
+from tests.helpers import Recording, bayesian, mlp
+
+K, N = 3, 5
+
+
+class Conv(nn.Module):
+    """Convolution, norms and a dense head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(2, 4, 3, padding=1, groups=2)
+        self.norm = nn.GroupNorm(2, 4)
+        self.up = nn.ConvTranspose1d(4, 2, 2)
+        self.layer_norm = nn.LayerNorm(7)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.norm(self.conv(x)))
+        return self.head(self.layer_norm(self.up(h))).sum(-2)
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.act = nn.PReLU()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.act(self.embed(x)).mean(-2))
+
+
+NETS = {
+    "mlp": (lambda: mlp((4, 6, 3)), lambda n: torch.randn(n, 4)),
+    "conv": (Conv, lambda n: torch.randn(n, 2, 6)),
+    "tokens": (Tokens, lambda n: torch.randint(0, 7, (n, 8))),
+}
+
+
+def model_of(net):
+    net = bayesian(net)
+
+    def model(x, y=None):
+        mean = net(x)
+        with pyro.plate("data", len(x), dim=-1):
+            return pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
+
+    return model
+
+
+def vectorised(fn):
+    def run(*args):
+        with pyro.plate("num_particles_vectorized", K, dim=-2):
+            return fn(*args)
+
+    return run
+
+
+@pytest.mark.parametrize("flipped", [True, False])
+@pytest.mark.parametrize("batch", [N, K])  # K examples: sizes alone do not tell
+@pytest.mark.parametrize("name", NETS)
+def test_particles_equal_sequential_ones(name, batch, flipped, float64):
+    """The same draws give the same densities, particle by particle and example by example."""
+    make, data = NETS[name]
+    net = make()
+    plain = dict(net.named_parameters())
+    model = model_of(net)
+    x, y = data(batch), torch.randn(batch, 3)
+    guide = AutoNormal(model)
+    guide(x, y)
+    trace = poutine.trace(vectorised(guide)).get_trace(x, y)
+    options = {} if flipped else {"hide_fn": lambda site: True}
+    handler = Recording(on_missing_rule="error", **options)
+    out = poutine.trace(poutine.replay(vectorised(handler(model)), trace=trace)).get_trace(x, y)
+    out.compute_log_prob()
+    assert out.nodes["y"]["log_prob"].shape == (K, batch)
+    reference = make()
+    for k in range(K):
+        for n in range(batch):
+            weights = {}
+            for site in plain:
+                value = trace.nodes[site]["value"]  # (K, 1, *)
+                value = handler.seen[site].materialize()[n] if flipped else value
+                weights[site] = value[k, 0]
+            mean = torch.func.functional_call(reference, weights, (x[n : n + 1],))
+            expected = dist.Normal(mean, 1.0).to_event(1).log_prob(y[n : n + 1])
+            torch.testing.assert_close(out.nodes["y"]["log_prob"][k, n], expected[0])
+
+
+def test_particles_have_signs_of_their_own():
+    model = model_of(mlp((4, 6, 3)))
+    x = torch.randn(64, 4)
+    guide = AutoNormal(model)
+    guide(x)
+    trace = poutine.trace(vectorised(guide)).get_trace(x)
+    handler = Recording()
+    poutine.replay(vectorised(handler(model)), trace=trace)(x)
+    w = handler.seen["0.weight"]
+    signs = torch.sign((w.materialize() - w.center) / w.delta)
+    assert signs.shape == (64, K, 1, 6, 4)
+    assert not torch.equal(signs[:, 0], signs[:, 1])
+
+
+@pytest.mark.parametrize("guide_class", [AutoNormal, AutoDiagonalNormal])
+@pytest.mark.parametrize("elbo_class", [Trace_ELBO, TraceMeanField_ELBO])
+def test_training(guide_class, elbo_class):
+    model = model_of(mlp((4, 6, 3)))
+    x, y = torch.randn(20, 4), torch.randn(20, 3)
+    elbo = elbo_class(num_particles=K, vectorize_particles=True)
+    svi = SVI(flipout(model), guide_class(model), pyro.optim.Adam({"lr": 0.03}), elbo)
+    losses = [svi.step(x, y) for _ in range(40)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+    assert torch.isfinite(torch.tensor(svi.step(x[:7], y[:7])))
+
+
+def test_shared_sites_are_batched_too():
+    model = model_of(mlp((4, 6, 3)))
+    x, y = torch.randn(20, 4), torch.randn(20, 3)
+    elbo = Trace_ELBO(num_particles=K, vectorize_particles=True)
+    guide = AutoLowRankMultivariateNormal(model)
+    svi = SVI(flipout(model), guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+    with pytest.warns(FlipoutWarning, match="correlated"):
+        assert torch.isfinite(torch.tensor(svi.step(x, y)))
+
+
+def test_vectorised_elbo_has_the_mean_of_sequential_ones():
+    model = model_of(mlp((4, 6, 3)))
+    x, y = torch.randn(20, 4), torch.randn(20, 3)
+    guide = AutoNormal(model, init_scale=0.2)
+    guide(x, y)
+    samples = {}
+    for vectorize in (False, True):
+        elbo = Trace_ELBO(num_particles=4, vectorize_particles=vectorize)
+        fn = flipout(model)
+        samples[vectorize] = torch.tensor([elbo.loss(fn, guide, x, y) for _ in range(200)])
+    a, b = samples[False], samples[True]
+    error = (a.var() / 200 + b.var() / 200).sqrt()
+    assert (a.mean() - b.mean()).abs() < 4.9 * error  # two-sided 1e-6
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_parallel_predictive(name):
+    """Runs with stock layers inside the handler, and equals the sequential one."""
+    make, data = NETS[name]
+    net, x = make(), data(N)
+    samples = {n: torch.randn(K, *p.shape) for n, p in net.named_parameters()}
+    means = [
+        torch.func.functional_call(net, {n: w[k] for n, w in samples.items()}, (x,))
+        for k in range(K)
+    ]
+    model = model_of(net)
+    for parallel in (False, True):
+        pyro.set_rng_seed(0)
+        predictive = Predictive(flipout(model), posterior_samples=samples, parallel=parallel)
+        y = predictive(x)["y"]
+        assert type(y) is torch.Tensor
+        assert y.shape == (K, N, 3)
+        # The likelihood has scale 1: 45 standard normal errors.
+        assert (y - torch.stack(means)).pow(2).mean() < 4
+
+
+def test_predictive_draws_are_coherent():
+    """Predictive never flips: one weight for all inputs of a draw."""
+    net = bayesian(nn.Linear(2, 1))
+
+    def model(x):
+        pyro.deterministic("f", net(x))
+
+    x = torch.ones(6, 2)
+    samples = {"weight": torch.randn(K, 1, 2), "bias": torch.randn(K, 1)}
+    for parallel in (False, True):
+        f = Predictive(flipout(model), posterior_samples=samples, parallel=parallel)(x)["f"]
+        expected = samples["weight"].sum(-1, keepdim=True) + samples["bias"][:, None]
+        torch.testing.assert_close(f.reshape(K, 6, 1), expected.expand(K, 6, 1))

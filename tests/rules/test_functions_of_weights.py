@@ -1,0 +1,284 @@
+"""Weights that are functions of weights: what is flipped, what is refused, and with which words."""
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+from pyro_flipout import FlipoutError, FlipoutWarning, MissingRuleError, flipout
+from pyro_flipout.tensor import Execution, FlipoutTensor, flip
+from pyro_flipout.testing import random_weight
+from tests.rules.cases import N, data, weights
+from tests.rules.networks import CLOSE, assert_same, by_example, flipped
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+# ------------------------------------------------------------------ products of weights
+
+
+def test_low_rank_signs():
+    """The left factor is flipped by its rows, the right one by its columns."""
+    u, v = weights((4, 2), (2, 3))
+    product = u @ v
+    F.linear(data(N, 3), product)
+    for weight, dim in ((u, 1), (v, 0)):
+        signs = ((weight.materialize() - weight.center) / weight.delta).sign()
+        assert (signs == signs.narrow(dim + 1, 0, 1)).all()
+        assert signs.unique().tolist() == [-1, 1]
+        assert len(signs.unique(dim=0)) > 1
+    assert len(product.terms) == 3
+    torch.testing.assert_close(product.materialize(), u.materialize() @ v.materialize(), **CLOSE)
+
+
+def test_low_rank_with_a_parameter_of_pyro():
+    """``pyro.param`` returns tensors that are no ``nn.Parameter``."""
+
+    def model(x):
+        u = pyro.sample("u", dist.Normal(0.0, 1.0).expand([4, 2]).to_event(2))
+        v = pyro.param("v", torch.randn(2, 3))
+        w = u @ v
+        assert isinstance(w, FlipoutTensor)
+        return F.linear(x, w)
+
+    assert flipout(model, on_missing_rule="error")(data(N, 3)).shape == (N, 4)
+
+
+def test_low_rank_after_use_is_shared():
+    x = data(N, 2)
+    u, v = weights((4, 2), (2, 3))
+    F.linear(x, u)
+    with pytest.warns(FlipoutWarning) as record:
+        out = u @ v
+    assert type(out) is torch.Tensor
+    assert "'w0' met the examples before, with signs along the dimension" in str(record[0].message)
+    torch.testing.assert_close(out, u.plain @ v.plain)
+
+
+def test_low_rank_middle_factor_has_no_signs_left():
+    u, d, v = weights((4, 2), (2, 2), (2, 3))
+    with pytest.warns(FlipoutWarning, match="all signs of site 'w1' are summed over"):
+        u @ d @ v
+
+
+def test_low_rank_middle_factor_error():
+    execution = Execution(on_missing_rule="error")
+    d, v = (random_weight(*s, execution=execution) for s in ((2,), (2, 3)))
+    with pytest.raises(MissingRuleError, match="all signs of site 'weight' are summed over; regis"):
+        d @ v
+
+
+def test_low_rank_in_a_transformed_factor_drops_signs_everywhere():
+    """A view made before the product sees the same signs as the weight."""
+    u, v = weights((4, 2), (2, 3))
+    transposed = u.t()
+    out = F.linear(data(N, 3), u @ v)
+    assert out.shape == (N, 4)
+    torch.testing.assert_close(transposed.materialize(), u.materialize().mT, **CLOSE)
+
+
+def test_two_flipped_weights_and_data_in_einsum():
+    u, v = weights((4, 2), (2, 3))
+    with pytest.warns(FlipoutWarning, match="contract them one after the other"):
+        torch.einsum("ok,ki,bi->bo", u, v, data(N, 3))
+
+
+def test_normalised_direction_is_shared():
+    v, g = weights((2, 3), (2, 1))
+    with pytest.warns(FlipoutWarning, match=r"v / \|\|v\|\| is not linear in v; hide v"):
+        torch._weight_norm(v, g, 0)
+    with pytest.warns(FlipoutWarning, match="norm along a dimension is not linear"):
+        random_weight(2, 3).norm(dim=1, keepdim=True)
+
+
+def test_dropout_mask_is_that_of_the_shared_draw():
+    w = random_weight(20, 30)
+    torch.manual_seed(0)
+    expected = F.dropout(w.plain, 0.3)
+    torch.manual_seed(0)
+    torch.testing.assert_close(F.dropout(w, 0.3).plain, expected, atol=1e-15, rtol=1e-15)
+
+
+# ---------------------------------------------------------------------- functional_call
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(2, 3, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.out = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.out(self.norm(self.conv(x)).tanh().flatten(1))
+
+
+def test_functional_call():
+    net, x = Net().eval(), data(N, 2, 6)
+    values = flipped(net)
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    assert_same(functional_call(net, values, (x,)), by_example(net, values, x), values)
+    assert all(torch.equal(p, before[name]) for name, p in net.state_dict().items())
+
+
+def test_functional_call_ties_weights():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    net[2].weight = net[0].weight
+    x, w = data(N, 3), random_weight(3, 3)
+    values = {"0.weight": w}
+    assert_same(functional_call(net, values, (x,)), by_example(net, values, x), values)
+
+
+# -------------------------------------------------------------------- parametrizations
+
+
+class Symmetric(nn.Module):
+    def forward(self, w):
+        return w.triu() + w.triu(1).mT
+
+
+class LowRankUpdate(nn.Module):
+    def __init__(self, rows, columns):
+        super().__init__()
+        self.u = nn.Parameter(torch.randn(rows, 1))
+        self.v = nn.Parameter(torch.randn(1, columns))
+
+    def forward(self, w):
+        return w + self.u @ self.v
+
+
+def net(parametrization, out=3):
+    layer = nn.Linear(3, out)
+    parametrize.register_parametrization(layer, "weight", parametrization)
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(out, 2))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        pytest.param(lambda: net(Symmetric()), id="symmetric"),
+        pytest.param(lambda: net(LowRankUpdate(4, 3), 4), id="low rank update"),
+    ],
+)
+def test_parametrization(module):
+    module, x = module(), data(N, 3)
+    values = flipped(module)
+    assert_same(functional_call(module, values, (x,)), by_example(module, values, x), values)
+
+
+def test_parametrization_cached():
+    module, x = net(Symmetric()), data(N, 3)
+    values = flipped(module)
+    with parametrize.cached():
+        out = functional_call(module, values, (x,))
+    assert_same(out, by_example(module, values, x), values)
+
+
+def test_weight_norm_flips_the_length():
+    module, x = parametrizations.weight_norm(nn.Linear(3, 2)), data(N, 3)
+    values = flipped(module, only={"parametrizations.weight.original0", "bias"})
+    assert_same(functional_call(module, values, (x,)), by_example(module, values, x), values)
+
+
+def test_weight_norm_leaves_the_direction_shared():
+    module, x = parametrizations.weight_norm(nn.Linear(3, 2)), data(N, 3)
+    values = flipped(module)
+    with pytest.warns(FlipoutWarning, match="hide v and flip g alone"):
+        out = functional_call(module, values, (x,))
+    direction = "parametrizations.weight.original1"
+    assert [v.site for v in values.values() if not v.terms] == [direction]
+    values[direction] = values[direction].plain
+    assert_same(out, by_example(module, values, x), values)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_spectral_norm_is_shared(training):
+    module, x = parametrizations.spectral_norm(nn.Linear(3, 2)).train(training), data(N, 3)
+    values = flipped(module, only={"parametrizations.weight.original"})
+    with pytest.warns(FlipoutWarning, match="'parametrizations.weight.original' keeps its shared"):
+        out = functional_call(module, values, (x,))
+    module.eval()
+    plain = {name: getattr(v, "plain", v) for name, v in values.items()}
+    torch.testing.assert_close(out, functional_call(module, plain, (x,)), **CLOSE)
+
+
+# -------------------------------------------------------------------------- checkpoint
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 8)
+        self.b = nn.Linear(8, 3)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return x + self.b(self.dropout(self.a(x).tanh()))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(use_reentrant, counted):
+    """The same signs and the same dropout mask in the recomputation as in the forward pass."""
+    block, x = Block(), data(N, 3)
+    losses = []
+    for run in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(0)
+        values = flipped(block)
+        if counted:
+            values["a.weight"].execution.count(N, "")
+
+        def call(x, values=values):
+            return functional_call(block, values, (x,))
+
+        leaves = [x] + [t for v in values.values() for t in (v.center, v.terms[0].delta)]
+        for leaf in leaves:
+            leaf.grad = None
+        torch.manual_seed(1)
+        loss = run(call, x).square().sum()
+        loss.backward()
+        losses.append((loss.detach(), [leaf.grad for leaf in leaves]))
+    (loss, expected), (same, actual) = losses
+    torch.testing.assert_close(same, loss, **CLOSE)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_checkpoint_with_weights_as_arguments():
+    w, x = random_weight(2, 3), data(N, 3)
+    out = checkpoint(F.linear, x, w, use_reentrant=False)
+    assert_same(out, F.linear(x, w), {"w": w})
+
+
+def test_reentrant_checkpoint_with_weights_as_arguments_is_refused():
+    w, x = random_weight(2, 3), data(N, 3)
+    out = checkpoint(F.linear, x, w, use_reentrant=True)
+    with pytest.raises(FlipoutError, match="site 'weight' .* set use_reentrant=False"):
+        out.sum().backward()
+
+
+def test_codes_are_drawn_with_the_weight():
+    """The first use consumes no random numbers, which a recomputation would not repeat."""
+    w, x = random_weight(2, 3), data(N, 3)
+    before = torch.get_rng_state()
+    F.linear(x, w)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------------------- exact
+
+
+def test_delta_zero_gives_the_plain_function():
+    center, x = torch.randn(4, 2), data(N, 3)
+    u = flip(center, center, execution=(execution := Execution()))
+    v = random_weight(2, 3, execution=execution)
+    v = flip(v.center, v.center, execution=execution)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(F.linear(x, u @ v), F.linear(x, u.center @ v.center))
