@@ -118,8 +118,10 @@ class Signs:
         self.block = 1 << low_bits
         self.low = dense_signs(codes, min(self.block, num_examples), dtype)  # (B, d)
         high = -(-num_examples // self.block)
-        # The lowest bit of every a_n is 1: its flip is in `low` already.
-        self.high = dense_signs((codes >> low_bits) & ~1, high, dtype)  # (ceil(N / B), d)
+        self.high = (  # (ceil(N / B), d)
+            # The lowest bit of every a_n is 1: its flip is in `low` already.
+            dense_signs((codes >> low_bits) & ~1, high, dtype) if high > 1 else None
+        )
 
     def times(self, x: Tensor, example_dim: int, dim: int, out: Tensor | None = None) -> Tensor:
         """``x`` with every example's entries along ``dim`` multiplied by its signs.
@@ -130,8 +132,9 @@ class Signs:
         low, high = self._place(x, example_dim, dim)
         if out is None:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        whole = self.num_examples // self.block
-        for part, y, a, b in self._parts(x, out, low, high, example_dim, whole):
+        if high is None:
+            return torch.mul(x, low.squeeze(example_dim), out=out)
+        for part, y, a, b in self._parts(x, out, low, high, example_dim):
             torch.mul(part, b, out=y)
             y.mul_(a)
         return out
@@ -139,28 +142,26 @@ class Signs:
     def add_times(self, out: Tensor, x: Tensor, example_dim: int, dim: int) -> Tensor:
         """``out + x * signs``, in place of ``out`` and at the cost of ``x``."""
         low, high = self._place(x, example_dim, dim)
-        whole = self.num_examples // self.block
-        for part, y, a, b in self._parts(x, out, low, high, example_dim, whole):
+        if high is None:
+            return out.addcmul_(x, low.squeeze(example_dim))
+        for part, y, a, b in self._parts(x, out, low, high, example_dim):
             y.addcmul_(part.mul_(b), a)
         return out
 
-    def _place(self, x: Tensor, example_dim: int, dim: int) -> tuple[Tensor, Tensor]:
+    def _place(self, x: Tensor, example_dim: int, dim: int) -> tuple[Tensor, Tensor | None]:
         """The factors, broadcastable to ``x`` with its example dimension split in two."""
-        shape = [1] * (x.dim() + 1)
-        shape[dim + (dim > example_dim)] = self.low.size(1)
-        low, high = list(shape), list(shape)
-        low[example_dim + 1] = self.low.size(0)
-        high[example_dim] = self.high.size(0)
-        transposed = dim < example_dim
-        return (
-            (self.low.t() if transposed else self.low).reshape(low),
-            (self.high.t() if transposed else self.high).reshape(high),
-        )
 
-    def _parts(
-        self, x: Tensor, y: Tensor, low: Tensor, high: Tensor, dim: int, whole: int
-    ) -> list[Any]:
+        def place(factor: Tensor, where: int) -> Tensor:
+            shape = [1] * (x.dim() + 1)
+            shape[where], shape[dim + (dim > example_dim)] = factor.shape
+            return (factor.t() if dim < example_dim else factor).reshape(shape)
+
+        high = None if self.high is None else place(self.high, example_dim)
+        return place(self.low, example_dim + 1), high
+
+    def _parts(self, x: Tensor, y: Tensor, low: Tensor, high: Tensor, dim: int) -> list[Any]:
         """The whole blocks of examples, then the examples that are left."""
+        whole = self.num_examples // self.block
         parts, split = [], whole * self.block
         if whole:
             blocks = (t.narrow(dim, 0, split).unflatten(dim, (whole, self.block)) for t in (x, y))

@@ -5,7 +5,14 @@ import itertools
 import pytest
 import torch
 
-from pyro_flipout.signs import MAX_EXAMPLES, code_bits, dense_signs, draw_codes
+from pyro_flipout.signs import (
+    MAX_EXAMPLES,
+    Signs,
+    code_bits,
+    dense_signs,
+    draw_codes,
+    flip_signs,
+)
 
 
 def parity(codes, num_examples):
@@ -64,3 +71,36 @@ def test_codes_follow_the_seed_and_use_every_bit():
 def test_number_of_examples_is_checked(count):
     with pytest.raises(ValueError, match=f"got {count} examples, expected 0 to"):
         code_bits(count)
+
+
+LAYOUTS = [("N7", 0, 1), ("N47", 0, 2), ("N732", 0, 1), ("5N7", 1, 2), ("7N", 1, 0), ("73N2", 2, 0)]
+
+
+@pytest.mark.parametrize("num_examples", [0, 1, 2, 31, 32, 33, 64, 100, 256])
+@pytest.mark.parametrize(("layout", "example_dim", "dim"), LAYOUTS)
+def test_factored_signs_are_the_dense_ones(num_examples, layout, example_dim, dim):
+    torch.manual_seed(0)
+    shape = [num_examples if c == "N" else int(c) for c in layout]
+    x, codes = torch.randn(shape), draw_codes((7,))
+    dense = dense_signs(codes, num_examples, x.dtype)
+    size = [1] * x.dim()
+    size[example_dim], size[dim] = num_examples, 7
+    dense = (dense if example_dim < dim else dense.t()).reshape(size)
+    signs = Signs(codes, num_examples, x.dtype)
+    for data in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert torch.equal(signs.times(data, example_dim, dim), x * dense)
+        out = data.clone()
+        assert torch.equal(signs.times(out, example_dim, dim, out=out), x * dense)
+        total = signs.add_times(torch.ones_like(data), data.clone(), example_dim, dim)
+        assert torch.equal(total, 1 + x * dense)
+
+
+def test_flipping_signs_has_every_derivative():
+    signs = Signs(draw_codes((3,)), 40, torch.float64)
+    x = torch.randn(40, 3, dtype=torch.float64, requires_grad=True)
+
+    def flip(x):
+        return flip_signs(x, signs, 0, 1)
+
+    assert torch.autograd.gradcheck(flip, x)
+    assert torch.autograd.gradgradcheck(flip, x)

@@ -20,7 +20,8 @@ alone. This module only *finds* the draw; what to do with it is the estimator's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -218,7 +219,7 @@ def _split(fn: Distribution, value: Tensor, center: Tensor) -> SymmetricDraw:
 
 
 def _no_source(msg: Message, value: Tensor, trace: Trace) -> NoDraw:
-    names = sorted({*_upstream(value, trace)} - {msg["name"]})
+    names = sorted(_guide_graph(trace).upstream([value]) - {msg["name"]})
     if not names:
         return NoDraw("the guide has a point there (a Delta), which has no perturbation")
     return NoDraw(
@@ -275,13 +276,11 @@ def _score_function(source: Message, center: Tensor) -> NoDraw | None:
 
 def _entangled(name: str, source: Message, trace: Trace) -> NoDraw | None:
     """Refuses draws that another site of the guide depends on."""
-    for other in trace.nodes.values():
-        if other["type"] != "sample" or other is source or other["name"] == name:
-            continue
-        if source["infer"].get("is_auxiliary") and _is_delta(other["fn"]):
-            continue  # autoguides cut an auxiliary draw into disjoint parts
-        if any(source["name"] in _upstream(t, trace) for t in _tensors(other["fn"])):
-            return NoDraw(depends(str(other["name"]), name), tell=True, source=name)
+    auxiliary = source["infer"].get("is_auxiliary")
+    for other in _guide_graph(trace).dependents.get(source["name"], ()):
+        # Autoguides cut an auxiliary draw into disjoint parts.
+        if other != name and not (auxiliary and _is_delta(trace.nodes[other]["fn"])):
+            return NoDraw(depends(other, name), tell=True, source=name)
     return None
 
 
@@ -293,26 +292,47 @@ def depends(name: str, on: str) -> str:
     )
 
 
-def _upstream(tensor: Tensor, trace: Trace) -> set[str]:
-    """Names of the draws in ``trace`` that ``tensor`` is computed from, by autograd history."""
-    if tensor.grad_fn is None:
-        return set()
-    draws: dict[Any, str] = {
-        getattr(node["value"], "grad_fn", None): str(name)
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample"
-    }
-    found: set[str] = set()
-    seen, todo = set(), [tensor.grad_fn]
-    while todo:
-        step = todo.pop()
-        if step in seen:
-            continue
-        seen.add(step)
-        if step in draws:
-            found.add(draws[step])
-        todo += [parent for parent, _ in step.next_functions if parent is not None]
-    return found
+class _GuideGraph:
+    """Which draws of a guide the others are computed from, by autograd history.
+
+    :ivar draws: the draw that an autograd node computes.
+    :ivar dependents: for every draw, the sites whose distribution depends on it.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.draws: dict[Any, str] = {}
+        sites = [(str(n), node) for n, node in trace.nodes.items() if node["type"] == "sample"]
+        for name, node in sites:
+            grad_fn = getattr(node["value"], "grad_fn", None)
+            if grad_fn is not None:
+                self.draws[grad_fn] = name
+        self.dependents: dict[str, list[str]] = {}
+        for name, node in sites:
+            for source in self.upstream(_tensors(node["fn"])) - {name}:
+                self.dependents.setdefault(source, []).append(name)
+
+    def upstream(self, tensors: Iterable[Tensor]) -> set[str]:
+        """Names of the draws that ``tensors`` are computed from."""
+        todo = [t.grad_fn for t in tensors if t.grad_fn is not None]
+        found, seen = set(), set()
+        while todo:
+            step = todo.pop()
+            if step not in seen:
+                seen.add(step)
+                if step in self.draws:
+                    found.add(self.draws[step])
+                todo += [parent for parent, _ in step.next_functions if parent is not None]
+        return found
+
+
+_GRAPHS: weakref.WeakKeyDictionary[Trace, _GuideGraph] = weakref.WeakKeyDictionary()
+
+
+def _guide_graph(trace: Trace) -> _GuideGraph:
+    """The graph of a guide's trace, made once for all sites."""
+    if trace not in _GRAPHS:
+        _GRAPHS[trace] = _GuideGraph(trace)
+    return _GRAPHS[trace]
 
 
 def _tensors(fn: Any) -> Iterator[Tensor]:
