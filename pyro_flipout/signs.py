@@ -21,6 +21,8 @@ Memory is O(d) instead of O(N d), and codes do not depend on N.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -123,6 +125,15 @@ class Signs:
             dense_signs((codes >> low_bits) & ~1, high, dtype) if high > 1 else None
         )
 
+    def to(self, dtype: torch.dtype) -> Signs:
+        """The same signs in another dtype, which autocast gives to outputs."""
+        if self.low.dtype == dtype:
+            return self
+        other = copy.copy(self)
+        other.low = self.low.to(dtype)
+        other.high = None if self.high is None else self.high.to(dtype)
+        return other
+
     def times(self, x: Tensor, example_dim: int, dim: int, out: Tensor | None = None) -> Tensor:
         """``x`` with every example's entries along ``dim`` multiplied by its signs.
 
@@ -187,7 +198,10 @@ class _Flip(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _Flip.apply(grad, *ctx.signs), None, None, None
+        return _apply_flip(grad, *ctx.signs), None, None, None
+
+
+_apply_flip: Callable[..., Any] = _Flip.apply
 
 
 def flip_signs(x: Tensor, signs: Signs, example_dim: int, dim: int) -> Tensor:
@@ -202,7 +216,7 @@ def flip_signs(x: Tensor, signs: Signs, example_dim: int, dim: int) -> Tensor:
     """
     if not (x.requires_grad and torch.is_grad_enabled()):
         return signs.times(x, example_dim, dim)
-    return _Flip.apply(x, signs, example_dim, dim)  # type: ignore[no-any-return]
+    return _apply_flip(x, signs, example_dim, dim)  # type: ignore[no-any-return]
 
 
 def paired_signs(codes: Tensor, examples: Tensor, dtype: torch.dtype) -> Tensor:

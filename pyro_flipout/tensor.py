@@ -183,10 +183,17 @@ class Execution:
         assert self.num_examples is not None
         return dense_signs(codes, self.num_examples, dtype)
 
+    def numbers(self, rows: Tensor) -> Tensor:
+        """The numbers of the examples to which rows of the data belong."""
+        return rows
+
     def factored_signs(self, codes: Tensor, dtype: torch.dtype) -> Signs:
         """Signs of flat ``codes`` for multiplying data, kept for the whole execution."""
         assert self.num_examples is not None
-        key = codes.data_ptr(), codes.numel(), dtype
+        try:
+            key = codes.data_ptr(), codes.numel(), dtype
+        except RuntimeError:  # inside torch.func.grad, and what is made there must stay there
+            return Signs(codes, self.num_examples, dtype)
         if key not in self._signs:
             # Holding `codes` keeps its address its own.
             self._signs[key] = codes, Signs(codes, self.num_examples, dtype)
@@ -582,7 +589,7 @@ def unwrap(obj: Any) -> Any:
 
 def describe(op: Callable[..., Any]) -> str:
     """Public name of a torch function, for messages."""
-    return resolve_name(op) or getattr(op, "__name__", str(op))
+    return str(resolve_name(op) or getattr(op, "__name__", op))
 
 
 def _walk(obj: Any) -> Iterator[FlipoutTensor]:

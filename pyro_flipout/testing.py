@@ -265,7 +265,7 @@ def check_rule(
         num_examples = data[0].size(example_dim)
     inputs = [t for t in data if t.requires_grad]
     for weight in weights:
-        inputs += [t for t in (weight._center, weight.terms[0].delta) if t.requires_grad]
+        inputs += [t for t in (weight._center, weight._terms[0].delta) if t.requires_grad]
     with warnings.catch_warnings():
         warnings.simplefilter("error", FlipoutWarning)
         out = fn(*_map(args, _unmark), **_map(kwargs, _unmark))

@@ -15,6 +15,7 @@ from pyro_flipout.rules import (
     linear,
     normalization,
     query,
+    recurrent,
     shape,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "linear",
     "normalization",
     "query",
+    "recurrent",
     "shape",
 ]

@@ -170,33 +170,51 @@ def flipped_product(
     :raises NoRule: if a sign can move neither onto the data nor onto the output.
     """
     out_example_dim = example_dim if out_example_dim is None else out_example_dim
-    execution = weight.execution
-    center, out = weight.center, None
+    out: Tensor | None = None
     for term in weight.terms:
         into_data, into_out = _route(term, data_dims, out_dims)
-
-        def place(where: dict[int, Tensor], like: Tensor, at: int, blocks: int) -> list[Placed]:
-            return [_place(execution, c, like, at, dim, blocks) for dim, c in where.items()]
-
-        if kernel is not None and out is None and max(len(into_data), len(into_out)) < 2:
-            x, c, d, b = _cast(data, center, term.delta, bias)
-            before = place(into_data, x, example_dim, groups)
-            after = place(into_out, x, out_example_dim, out_groups)
-            with torch.autocast(x.device.type, enabled=False):
-                out = _FlippedProduct.apply(
-                    x, c, d, b, kernel, *(p[0] if p else None for p in (before, after))
-                )
+        before = _place(weight.execution, into_data, data, example_dim, groups)
+        after = _place(weight.execution, into_out, data, out_example_dim, out_groups)
+        if out is None and kernel is not None and max(len(before), len(after)) < 2:
+            out = _fused(kernel, data, weight.center, term.delta, bias, before, after)
             continue
-        if out is None:
-            out = apply(data, center) if bias is None else kernel.forward(data, center, bias)
         x = data
-        for placed in place(into_data, data, example_dim, groups):
+        for placed in before:
             x = flip_signs(x, *placed)
         y = apply(x, term.delta)
-        for placed in place(into_out, y, out_example_dim, out_groups):
-            y = flip_signs(y, *placed)
-        out = out + y
+        for signs, *dims in after:
+            y = flip_signs(y, signs.to(y.dtype), *dims)
+        out = y + (_of_center(apply, kernel, data, weight.center, bias) if out is None else out)
+    return _of_center(apply, kernel, data, weight.center, bias) if out is None else out
+
+
+def _fused(
+    kernel: Kernel,
+    data: Tensor,
+    center: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    before: list[Placed],
+    after: list[Placed],
+) -> Tensor:
+    x, center, delta, bias = _cast(data, center, delta, bias)
+    placed = [(p[0][0].to(x.dtype), *p[0][1:]) if p else None for p in (before, after)]
+    with torch.autocast(x.device.type, enabled=False):
+        out: Tensor = _apply(x, center, delta, bias, kernel, *placed)
     return out
+
+
+_apply: Callable[..., Any] = _FlippedProduct.apply
+
+
+def _of_center(
+    apply: Callable[[Tensor, Tensor], Tensor],
+    kernel: Kernel | None,
+    data: Tensor,
+    center: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    return apply(data, center) if kernel is None else kernel.forward(data, center, bias)
 
 
 def _route(
@@ -221,13 +239,16 @@ def _route(
 
 
 def _place(
-    execution: Execution, codes: Tensor, like: Tensor, example_dim: int, dim: int, blocks: int
-) -> Placed:
-    """Signs of flat ``codes`` in the dtype of ``like``, each repeated for ``blocks``."""
-    if dim == example_dim:
-        raise NoRule(f"dimension {dim} of the data is both the example and the weight's")
-    codes = codes if blocks == 1 or codes.numel() == 1 else codes.repeat(blocks)
-    return execution.factored_signs(codes, like.dtype), example_dim, dim
+    execution: Execution, where: dict[int, Tensor], like: Tensor, example_dim: int, blocks: int
+) -> list[Placed]:
+    """Signs of flat codes in the dtype of ``like``, each repeated for ``blocks``."""
+    placed = []
+    for dim, codes in where.items():
+        if dim == example_dim:
+            raise NoRule(f"dimension {dim} of the data is both the example and the weight's")
+        codes = codes if blocks == 1 or codes.numel() == 1 else codes.repeat(blocks)
+        placed.append((execution.factored_signs(codes, like.dtype), example_dim, dim))
+    return placed
 
 
 def per_example(weight: FlipoutTensor, ndim: int, example_dim: int) -> Tensor:

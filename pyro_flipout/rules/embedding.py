@@ -53,7 +53,8 @@ def embedding(
         return map_entries(table, lambda value: _select(value, input, apply))
     shape = [1] * input.dim()
     shape[dim] = -1
-    examples = torch.arange(input.size(dim), device=input.device).reshape(shape)
+    positions = torch.arange(input.size(dim), device=input.device).reshape(shape)
+    examples = table.execution.numbers(positions)
     out = apply(table.center)  # (*input.shape, D)
     for term in table.terms:
         rows, columns = _split_codes(term)
@@ -178,7 +179,7 @@ def embedding_bag(
         rows, columns = _split_codes(term)
         scales = per_sample_weights
         if rows is not None:
-            signs = paired_signs(rows[input], bags, center.dtype)
+            signs = paired_signs(rows[input], table.execution.numbers(bags), center.dtype)
             scales = signs if scales is None else signs * scales
         if scales is None:
             y = apply(term.delta, None, mode)
@@ -202,13 +203,14 @@ def find_bags(input: Tensor, offsets: Tensor | None, include_last_offset: bool) 
 
 
 def _max_bags(table: FlipoutTensor, tokens: Tensor, bags: Tensor, num_bags: int) -> Tensor:
+    examples = table.execution.numbers(bags).unsqueeze(-1)
     values = table.center[tokens]  # (tokens, D)
     for term in table.terms:
         rows, columns = _split_codes(term)
         y = term.delta[tokens]
         for codes in (None if rows is None else rows[tokens].unsqueeze(-1), columns):
             if codes is not None:
-                y = y * paired_signs(codes, bags.unsqueeze(-1), y.dtype)
+                y = y * paired_signs(codes, examples, y.dtype)
         values = values + y
     empty = values.new_zeros(num_bags, values.size(-1))
     index = bags.unsqueeze(-1).expand_as(values)

@@ -63,6 +63,21 @@ case(F.linear, "both", lambda: (data(N, 3), *weights((2, 3), (2,))))
 case(F.linear, "plain bias", lambda: (data(N, 3), W(2, 3), const(2)))
 case(F.linear, "bias by keyword", lambda: ((data(N, 3), W(2, 3)), {"bias": const(2)}))
 case(F.linear, "only the bias", lambda: (data(N, 3), const(2, 3), W(2)))
+
+
+def beside_a_shared_weight(op, data_shape, weight_shape):
+    """The weight fell back to its shared draw before, the bias did not."""
+
+    def make():
+        w, b = weights(weight_shape, (weight_shape[0],))
+        w.draws[0].shared = True
+        return data(*data_shape), w, b
+
+    case(op, "beside a shared weight", make)
+
+
+beside_a_shared_weight(F.linear, (N, 3), (2, 3))
+beside_a_shared_weight(F.conv1d, (N, 3, 5), (2, 3, 2))
 case(F.linear, "all by keyword", lambda: ((), {"input": data(N, 3), "weight": W(2, 3)}))
 case(F.linear, "strided data", lambda: (data(3, N).t().detach().requires_grad_(), W(2, 3)))
 case(F.linear, "time-major", lambda: (data(7, N, 3), tm(W, 2, 3)), example_dim=1)

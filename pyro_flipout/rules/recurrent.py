@@ -1,0 +1,240 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Recurrent layers and cells: one weight for each sequence, at all its time steps.
+
+Every weight and bias has signs of its own, and sequence n is computed with
+:math:`W_n = \bar W + \Delta W \circ r_n s_n^\top` from its first step to its last.
+
+Under autocast the products are computed in its lower precision; gates, states and results
+stay in that of the weights, as for torch's own cells.
+
+A ``PackedSequence`` made with ``enforce_sorted=False`` comes here sorted by length, without
+its permutation: the examples are numbered in sorted order. Signs of different sites are
+independent, so each sequence still has one joint draw of all the weights, as long as no
+*other* use of the same site counts the examples in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_flipout.errors import ExampleDimError
+from pyro_flipout.rules import _cells
+from pyro_flipout.rules._scan import scan
+from pyro_flipout.rules._signed import explicit_state
+from pyro_flipout.tensor import (
+    FlipoutTensor,
+    NoRule,
+    NotExamples,
+    describe,
+    implements,
+    queries,
+)
+
+CELLS: dict[Callable[..., Any], _cells.Cell] = {
+    torch.lstm: _cells.LSTM,
+    torch.gru: _cells.GRU,
+    torch.rnn_tanh: _cells.RNN_TANH,
+    torch.rnn_relu: _cells.RNN_RELU,
+    torch.lstm_cell: _cells.LSTM,
+    torch.gru_cell: _cells.GRU,
+    torch.rnn_tanh_cell: _cells.RNN_TANH,
+    torch.rnn_relu_cell: _cells.RNN_RELU,
+}
+FLIPS = "outputs and inputs of every weight, every bias; the same signs at all steps"
+LIMITS = "no second derivatives; batched particles: no rule"
+
+queries(torch._cudnn_rnn_flatten_weight)  # nn.LSTM aligns its weights in memory
+
+
+# ----------------------------------------------------------------------- layers
+
+
+@dataclass
+class Call:
+    """Arguments of ``torch.lstm``, ``torch.gru`` and so on, padded or packed."""
+
+    op: Callable[..., Any]
+    input: Tensor  # (N, T, in), (T, N, in), or packed (rows, in)
+    hx: Any  # (num_layers * D, N, P), for an LSTM with the cell state (num_layers * D, N, H)
+    params: Sequence[Tensor]
+    has_biases: bool
+    num_layers: int
+    dropout: float
+    train: bool
+    bidirectional: bool
+    batch_first: bool = False
+    batch_sizes: Tensor | None = None
+
+    @staticmethod
+    def bind(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Tells the two overloads apart by the second argument, ``batch_sizes`` or a state."""
+        names = ["input", "hx", *list(Call.__dataclass_fields__)[3:-1]]
+        second = args[1] if len(args) > 1 else kwargs.get("batch_sizes")
+        if isinstance(second, Tensor) and not second.is_floating_point():
+            names = ["input", "batch_sizes", *names[1:-1]]
+            kwargs = {"input" if name == "data" else name: kwargs[name] for name in kwargs}
+        return Call(op, **dict(zip(names, args, strict=False)), **kwargs)
+
+    @property
+    def num_sequences(self) -> int:
+        """Size of the batch."""
+        if self.batch_sizes is not None:
+            return int(self.batch_sizes[0])
+        return self.input.size(0 if self.batch_first else 1)
+
+    def rows(self) -> tuple[Tensor, list[int]]:
+        """The input as rows sorted by time, and the number of sequences of each step."""
+        if self.batch_sizes is not None:
+            return self.input, self.batch_sizes.tolist()
+        time_major = self.input.transpose(0, 1) if self.batch_first else self.input
+        return time_major.flatten(0, 1), [self.num_sequences] * time_major.size(0)
+
+    def output(self, rows: Tensor) -> Tensor:
+        """Undoes :meth:`rows`."""
+        if self.batch_sizes is not None:
+            return rows
+        length = self.input.size(1 if self.batch_first else 0)
+        out = rows.reshape(length, self.num_sequences, rows.size(1))
+        return out.transpose(0, 1) if self.batch_first else out
+
+
+@implements(
+    torch.lstm,
+    torch.gru,
+    torch.rnn_tanh,
+    torch.rnn_relu,
+    flips=FLIPS,
+    limits=f"{LIMITS}; the examples of a PackedSequence are numbered in its sorted order",
+)
+def recurrent(op: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    call = Call.bind(op, args, kwargs)
+    states = call.hx if isinstance(call.hx, (tuple, list)) else (call.hx,)
+    _check_layout(call)
+    _count((call.params, states), call.input, call.num_sequences)
+    states = [explicit_state(state, 1) for state in states]
+    rows, sizes = call.rows()
+    num_directions = 2 if call.bidirectional else 1
+    ends = []
+    for layer, params in enumerate(_chunks(call.params, call.num_layers)):
+        own = [state[layer * num_directions :][:num_directions] for state in states]
+        rows, *end = _layer(call, rows, sizes, own, params, num_directions)
+        ends.append(end)
+        if call.train and layer < call.num_layers - 1:
+            rows = F.dropout(rows, call.dropout)
+    return call.output(rows), *(torch.cat(end) for end in zip(*ends, strict=True))
+
+
+def _layer(
+    call: Call,
+    rows: Tensor,
+    sizes: list[int],
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    num_directions: int,
+) -> tuple[Tensor, ...]:
+    """All directions of one layer: rows of the output, last states ``(D, N, ...)``."""
+    if not any(isinstance(p, FlipoutTensor) and p.terms for p in params):
+        params = [p.plain if isinstance(p, FlipoutTensor) else p for p in params]
+        hx = tuple(states) if len(states) > 1 else states[0]
+        options = call.has_biases, 1, 0.0, call.train, call.bidirectional
+        return tuple(call.op(rows, torch.tensor(sizes), hx, params, *options))
+    results = [
+        scan(CELLS[call.op], rows, sizes, [s[d] for s in states], own, call.has_biases, d == 1)
+        for d, own in enumerate(_chunks(params, num_directions))
+    ]
+    out, *ends = zip(*results, strict=True)
+    return torch.cat(out, -1), *(torch.stack(end) for end in ends)
+
+
+def _chunks(params: Sequence[Tensor], count: int) -> Iterator[Sequence[Tensor]]:
+    size = len(params) // count
+    return (params[start : start + size] for start in range(0, len(params), size))
+
+
+# ------------------------------------------------------------------------ cells
+
+
+@implements(torch.lstm_cell, flips=FLIPS, limits=LIMITS)
+def lstm_cell(
+    op: Callable[..., Any], input: Tensor, hx: Sequence[Tensor], *args: Any, **kwargs: Any
+) -> tuple[Tensor, ...]:
+    return _step(op, input, hx, *args, **kwargs)
+
+
+@implements(torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell, flips=FLIPS, limits=LIMITS)
+def cell(op: Callable[..., Any], input: Tensor, hx: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _step(op, input, (hx,), *args, **kwargs)[0]
+
+
+def _step(
+    op: Callable[..., Any],
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    biases = [b for b in (b_ih, b_hh) if b is not None]
+    weights = [w_ih, w_hh, *biases]
+    _count((weights, hx), input, input.size(0))
+    states = [explicit_state(state, 0) for state in hx]
+    return scan(CELLS[op], input, [input.size(0)], states, weights, bool(biases))[1:]
+
+
+# ------------------------------------------------------------- examples and signs
+
+
+def _check_layout(call: Call) -> None:
+    """Compares the layer's batch dimension with the execution's ``example_dim``."""
+    if call.batch_sizes is not None:
+        return
+    dim = 0 if call.batch_first else 1
+    name, shape = describe(call.op), tuple(call.input.shape)
+    for weight in _flipped((call.params, call.hx)):
+        if weight.execution.example_dim == dim:
+            continue
+        if call.num_sequences == 1:
+            raise NotExamples(
+                f"input of shape {shape} is one sequence, and has no examples in dimension "
+                f"{weight.execution.example_dim}; add an example dimension to unbatched input"
+            )
+        raise ExampleDimError(
+            f"flipout: site '{weight.site}' in {name} met input of shape {shape} with the "
+            f"sequences in dimension {dim} (batch_first={call.batch_first}), but the examples "
+            f"are expected in dimension {weight.execution.example_dim}; say "
+            f"flipout(example_dim={dim}), or make the layer with "
+            f"batch_first={not call.batch_first} and transpose its input"
+        )
+
+
+def _count(weights: Any, input: Tensor, num_sequences: int) -> None:
+    if isinstance(input, FlipoutTensor):
+        raise NoRule("the input is itself a flipped weight")
+    if input.dim() > 1 and num_sequences and not input.numel():
+        raise NotExamples(f"input of shape {tuple(input.shape)} has no steps")
+    for weight in _flipped(weights):
+        known = weight.execution.num_examples
+        if known not in (None, num_sequences):
+            raise NotExamples(
+                f"the input is a batch of {num_sequences} sequences, but this execution has "
+                f"{known} examples; give it one sequence for each example"
+            )
+        weight.execution.count(num_sequences, f"data of shape {tuple(input.shape)}")
+
+
+def _flipped(obj: Any) -> Iterator[FlipoutTensor]:
+    if isinstance(obj, FlipoutTensor):
+        if obj.terms:
+            yield obj
+    elif isinstance(obj, (list, tuple)):
+        for item in obj:
+            yield from _flipped(item)
