@@ -11,6 +11,7 @@ from pyro_flipout.errors import (
     MissingRuleError,
     NotSymmetricError,
 )
+from pyro_flipout.io_arviz import to_arviz
 from pyro_flipout.poutine import FlipoutMessenger, flipout
 from pyro_flipout.symmetric import is_symmetric, register_symmetric, symmetric_center
 from pyro_flipout.tensor import FlipoutTensor, flip, implements
@@ -31,4 +32,5 @@ __all__ = [
     "is_symmetric",
     "register_symmetric",
     "symmetric_center",
+    "to_arviz",
 ]

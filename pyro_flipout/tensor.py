@@ -42,6 +42,7 @@ __all__ = [
     "NoRule",
     "NotExamples",
     "Rule",
+    "SignFactor",
     "Term",
     "flip",
     "implements",

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_flipout project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The handler as a function: wrapper, decorator and context manager."""
+"""The handlers as functions: wrappers, decorators and context managers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from typing import Any, TypeVar, overload
 import torch
 
 from pyro_flipout.poutine.flipout_messenger import FlipoutMessenger, SiteFn
+from pyro_flipout.poutine.independent_messenger import IndependentMessenger
+from pyro_flipout.poutine.local_reparameterization_messenger import (
+    LocalReparameterizationMessenger,
+)
 
-__all__ = ["flipout"]
+__all__ = ["flipout", "independent", "local_reparameterization"]
 
 _OPTIONS = list(inspect.signature(FlipoutMessenger.__init__).parameters)[1:]
 Fn = TypeVar("Fn", bound=Callable[..., Any])
@@ -69,10 +73,42 @@ def flipout(fn: Any = None, **options: Any) -> Any:
     :returns: the wrapped model, or the handler if ``fn`` is omitted.
     :raises TypeError: if ``fn`` is not a model, or an option is unknown.
     """
+    return _handle("flipout", FlipoutMessenger, fn, options)
+
+
+def local_reparameterization(fn: Any = None, **options: Any) -> Any:
+    """Draws what Gaussian weights do to each example in place of the weights.
+
+    The form is that of :func:`~pyro_flipout.flipout`; for fully connected layers only, see
+    :class:`~pyro_flipout.poutine.LocalReparameterizationMessenger`.
+
+    :param fn: a function with ``pyro.sample`` statements or an ``nn.Module``.
+    :param options: keyword arguments of :class:`~pyro_flipout.FlipoutMessenger`.
+    :returns: the wrapped model, or the handler if ``fn`` is omitted.
+    :raises TypeError: if ``fn`` is not a model, or an option is unknown.
+    """
+    return _handle("local_reparameterization", LocalReparameterizationMessenger, fn, options)
+
+
+def independent(fn: Any = None, **options: Any) -> Any:
+    """Gives every example of a mini-batch an independent draw of the weights, at N times the cost.
+
+    The form is that of :func:`~pyro_flipout.flipout`; for small nets, see
+    :class:`~pyro_flipout.poutine.IndependentMessenger`.
+
+    :param fn: a function with ``pyro.sample`` statements or an ``nn.Module``.
+    :param options: keyword arguments of :class:`~pyro_flipout.FlipoutMessenger`.
+    :returns: the wrapped model, or the handler if ``fn`` is omitted.
+    :raises TypeError: if ``fn`` is not a model, or an option is unknown.
+    """
+    return _handle("independent", IndependentMessenger, fn, options)
+
+
+def _handle(name: str, cls: type[FlipoutMessenger], fn: Any, options: dict[str, Any]) -> Any:
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
-        raise TypeError(f"flipout: got unknown options {unknown}, expected some of {_OPTIONS}")
-    messenger = FlipoutMessenger(**options)
+        raise TypeError(f"{name}: got unknown options {unknown}, expected some of {_OPTIONS}")
+    messenger = cls(**options)
     if fn is None:
         return messenger
     wrapped = messenger(fn)

@@ -21,8 +21,8 @@ alone. This module only *finds* the draw; what to do with it is the estimator's.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import pyro.poutine.runtime as runtime
@@ -71,10 +71,14 @@ class SymmetricDraw:
 
     :ivar center: shape of the value.
     :ivar delta: shape of the value.
+    :ivar fn: the distribution that was drawn from, of the value or of what it is a view of.
+    :ivar view: what makes the value of such a draw.
     """
 
     center: Tensor
     delta: Tensor
+    fn: Distribution | None = None
+    view: Callable[[Tensor], Tensor] = lambda drawn: drawn
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def _drawn(msg: Message) -> SymmetricDraw | NoDraw:
         return NoDraw(str(why), tell=is_real(prior), source=msg["name"])
     if _is_delta(fn):
         return NoDraw("it is a Delta, which has no perturbation")
-    return _split(fn, value, center)
+    return _split(fn, value, center, fn)
 
 
 def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDraw:
@@ -210,12 +214,15 @@ def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDr
     blocker = _score_function(source, center) or _entangled(name, source, trace)
     if blocker is not None:
         return blocker
-    return _split(fn, value, center)
+    found = _split(fn, value, center, source["fn"])
+    if source is not node:
+        found = replace(found, view=lambda drawn: _same_view(value, source["value"], drawn))
+    return found
 
 
-def _split(fn: Distribution, value: Tensor, center: Tensor) -> SymmetricDraw:
+def _split(fn: Distribution, value: Tensor, center: Tensor, drawn: Distribution) -> SymmetricDraw:
     kept = symmetric_delta(fn, value)
-    return SymmetricDraw(center, value - center if kept is None else kept)
+    return SymmetricDraw(center, value - center if kept is None else kept, drawn)
 
 
 def _no_source(msg: Message, value: Tensor, trace: Trace) -> NoDraw:

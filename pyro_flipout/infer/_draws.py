@@ -1,0 +1,181 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a mean-field guide samples from: distributions that keep their perturbation."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pyro.distributions as pyro_dist
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, register_kl
+
+from pyro_flipout.poutine.symmetric_draw import is_real
+
+__all__ = ["Family", "Image", "Noise", "Slot", "check_family", "keep_delta", "standard"]
+
+Family = Callable[[Tensor, Tensor], Any]
+"""A distribution class with location and scale, or anything else that makes an instance of one."""
+
+
+_SCALAR = torch.Size()
+
+
+def standard(family: Family, like: Tensor) -> Any:
+    """The member of ``family`` with location 0 and scale 1, in the dtype and device of ``like``."""
+    return family(like.new_zeros(()), like.new_ones(()))
+
+
+class Noise:
+    """Standard noise for all sites of one call of a guide, drawn at once.
+
+    :param family: the location-scale family.
+    :param size: number of elements that the sites have together, for one particle.
+    :param like: gives dtype and device.
+    """
+
+    def __init__(self, family: Family, size: int, like: Tensor) -> None:
+        self.standard = standard(family, like)
+        self.size = size
+        self._flat: dict[int, Tensor] = {}
+
+    def slot(self, start: int | None, shape: torch.Size) -> Slot:
+        """The noise of one site: elements ``start`` onwards, or a draw of its own if None."""
+        return Slot(self, start, shape)
+
+    def fresh(self, shape: torch.Size) -> Tensor:
+        """Noise that nobody else gets."""
+        fn = self.standard
+        if type(fn) is pyro_dist.Normal:  # its rsample makes four passes over the memory
+            return torch.randn(shape, dtype=fn.loc.dtype, device=fn.loc.device)
+        noise: Tensor = fn.rsample(shape)
+        return noise
+
+    def flat(self, particles: int) -> Tensor:
+        """The common noise, of shape ``(particles, size)``."""
+        if particles not in self._flat:
+            self._flat[particles] = self.fresh(torch.Size((particles, self.size)))
+        return self._flat[particles]
+
+
+class Slot:
+    """Where one site finds its noise, and where it keeps its last draw.
+
+    An object of its own because ``expand`` copies distributions, and because nobody who looks
+    for the parameters of a distribution should find the draw among them.
+    """
+
+    def __init__(self, noise: Noise, start: int | None, shape: torch.Size) -> None:
+        self.noise = noise
+        self.start = start
+        self.shape = shape
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def take(self, shape: torch.Size) -> Tensor:
+        """Noise of the given shape: the first time from the common draw, where it fits."""
+        start, self.start = self.start, None
+        lead = len(shape) - len(self.shape)
+        if start is None or lead < 0 or shape[lead:] != self.shape:
+            return self.noise.fresh(shape)
+        flat = self.noise.flat(shape[:lead].numel())
+        return flat[:, start : start + self.shape.numel()].view(shape)
+
+
+def _plain(family: Any, state: dict[str, Any]) -> Any:
+    fn = family.__new__(family)
+    vars(fn).update(state)
+    return fn
+
+
+class _KeepsDelta:
+    """Mixin: draws ``loc + delta`` and keeps ``delta``."""
+
+    _slot: Slot
+    _family: type
+    loc: Tensor
+    scale: Tensor
+
+    def rsample(self, sample_shape: Any = _SCALAR) -> Tensor:
+        shape = self._extended_shape(sample_shape)  # type: ignore[attr-defined]
+        noise = self._slot.noise.fresh(shape) if sample_shape else self._slot.take(shape)
+        delta = self.scale * noise
+        value = self.loc + delta
+        self._slot.last = (value, delta)
+        return value
+
+    def symmetric_delta(self, value: Tensor) -> Tensor | None:
+        """See :func:`pyro_flipout.symmetric.symmetric_delta`."""
+        last = self._slot.last
+        return last[1] if last is not None and last[0] is value else None
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        new = super().expand(batch_shape, _instance)  # type: ignore[misc]
+        if isinstance(new, _KeepsDelta):
+            new._slot = self._slot
+        return new
+
+    def __reduce__(self) -> Any:
+        # A copy of a trace has no use for the noise of the moment.
+        state = {name: item for name, item in vars(self).items() if name != "_slot"}
+        return _plain, (self._family, state)
+
+
+@functools.cache
+def _keeping(cls: type) -> type:
+    # A subclass, so that registered KL divergences and centres are found for it.
+    return types.new_class(
+        cls.__name__,
+        (_KeepsDelta, cls),
+        exec_body=lambda ns: ns.update(_family=cls, __module__=__name__, __doc__=cls.__doc__),
+    )
+
+
+def keep_delta(fn: Any, slot: Slot) -> Any:
+    """Makes ``fn``, with ``loc`` and ``scale``, draw from ``slot`` and keep its perturbation.
+
+    :param fn: a fresh instance, changed in place.
+    :param slot: its noise.
+    """
+    cls: Any = type(fn)
+    fn.__class__ = _keeping(cls)
+    fn._slot = slot
+    return fn
+
+
+class Image(pyro_dist.Delta):
+    """A point that is the image of an auxiliary draw, with the log-density of the transform.
+
+    In Pyro 1.9, ``kl_divergence`` of a ``Delta`` leaves its ``log_density`` out, so that
+    ``TraceMeanField_ELBO`` lacks the Jacobian of every constrained site of ``AutoNormal``.
+    """
+
+
+@register_kl(Image, pyro_dist.Distribution)  # type: ignore[untyped-decorator]
+def _kl_image(p: Any, q: Any) -> Tensor:
+    kl: Tensor = p.log_density - q.log_prob(p.v)
+    return kl
+
+
+def check_family(family: Family) -> None:
+    """Raises unless ``family`` is symmetric about its location, scales, and is reparametrised."""
+    loc, scale = torch.tensor([-1.5, 3.0]).double(), torch.tensor([0.5, 2.0]).double()
+    fn, base = family(loc, scale), standard(family, loc)
+    if not isinstance(fn, Distribution) or fn.event_shape or fn.batch_shape != loc.shape:
+        raise ValueError(f"got {fn!r}, expected a distribution over one element for each location")
+    if not fn.has_rsample:
+        raise ValueError(f"{type(fn).__name__} has no reparametrised draws (rsample)")
+    if not is_real(fn):
+        raise ValueError(f"{type(fn).__name__} is not a distribution over all real numbers")
+    noise = torch.tensor([[0.3], [-1.1], [2.4]]).double()  # (3, 1)
+    moved = fn.log_prob(loc + scale * noise) + scale.log()  # (3, 2)
+    for sign in (1, -1):
+        if not torch.allclose(base.log_prob(sign * noise).expand(3, 2), moved):
+            raise ValueError(
+                f"{type(fn).__name__} is not symmetric about its first argument with its second "
+                "argument as scale"
+            )

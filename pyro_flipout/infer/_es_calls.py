@@ -1,0 +1,95 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Rows of the arguments and results of a module, in blocks of one base perturbation each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["block_of", "count_rows", "join"]
+
+
+def count_rows(args: Any, num_members: int, example_dim: int) -> int:
+    """Number of rows of the data, from the first tensor among the arguments.
+
+    :raises ValueError: if there is none, or if the members cannot have equally many.
+    """
+    data = next((t for t in _tensors(args) if t.dim() > example_dim), None)
+    if data is None:
+        raise ValueError(
+            f"FlipES.perturb: no argument of the module is a tensor with a dimension {example_dim} "
+            "that counts rows"
+        )
+    rows = data.size(example_dim)
+    if rows == 0 or rows % num_members:
+        raise ValueError(
+            f"FlipES.perturb: got data of shape {tuple(data.shape)} with {rows} rows in dimension "
+            f"{example_dim}, expected a multiple of num_members={num_members}; for k rows for each "
+            "member, repeat_interleave(k): row i belongs to member i // k"
+        )
+    return rows
+
+
+def _tensors(obj: Any) -> Iterator[Tensor]:
+    if isinstance(obj, Tensor):
+        yield obj
+    elif isinstance(obj, (list, tuple, dict)):
+        for item in obj.values() if isinstance(obj, dict) else obj:
+            yield from _tensors(item)
+
+
+def block_of(obj: Any, start: int, size: int, rows: int, example_dim: int) -> Any:
+    """The rows ``start`` to ``start + size`` of all the tensors in nested arguments.
+
+    :raises ValueError: if a tensor has another number of rows.
+    """
+    if isinstance(obj, Tensor):
+        if obj.dim() == 0:
+            return obj
+        if obj.dim() <= example_dim or obj.size(example_dim) != rows:
+            raise ValueError(
+                f"FlipES: with several bases every argument has its rows in dimension "
+                f"{example_dim}; got one of shape {tuple(obj.shape)} beside data of {rows} rows; "
+                "use num_bases=1, or change the layout within the module's forward"
+            )
+        return obj.narrow(example_dim, start, size)
+    if isinstance(obj, (list, tuple)):
+        return _like(obj, [block_of(item, start, size, rows, example_dim) for item in obj])
+    if isinstance(obj, dict):
+        return {k: block_of(item, start, size, rows, example_dim) for k, item in obj.items()}
+    return obj
+
+
+def join(parts: Sequence[Any], size: int, example_dim: int) -> Any:
+    """Undoes :func:`block_of` on the results of all blocks.
+
+    :raises ValueError: if a result has not one row for each row of the data.
+    """
+    first = parts[0]
+    if len(parts) == 1 or first is None:
+        return first
+    if isinstance(first, Tensor):
+        if first.dim() <= example_dim or first.size(example_dim) != size:
+            raise ValueError(
+                f"FlipES: with several bases every result has its rows in dimension {example_dim}; "
+                f"got one of shape {tuple(first.shape)} for {size} rows of data; use num_bases=1, "
+                "or change the layout within the module's forward"
+            )
+        return torch.cat(list(parts), example_dim)
+    if isinstance(first, (list, tuple)):
+        return _like(first, [join(p, size, example_dim) for p in zip(*parts, strict=True)])
+    if isinstance(first, dict):
+        return {key: join([part[key] for part in parts], size, example_dim) for key in first}
+    raise TypeError(
+        f"FlipES: with several bases results are tensors, tuples, lists or dicts of them; got "
+        f"{type(first).__name__}; use num_bases=1"
+    )
+
+
+def _like(obj: Any, items: list[Any]) -> Any:
+    return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)

@@ -1,0 +1,89 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Options of :class:`~pyro_flipout.infer.FlipES`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from pyro_flipout.infer._es_base import NOISE, Perturbed
+from pyro_flipout.infer._es_fitness import SHAPINGS
+from pyro_flipout.nn.choice import Chosen, Pattern, choose
+
+__all__ = ["check_options", "perturbed"]
+
+
+def check_options(
+    num_bases: int, distribution: str, fitness_shaping: str, weight_decay: float, example_dim: int
+) -> None:
+    if isinstance(num_bases, bool) or not isinstance(num_bases, int) or num_bases < 1:
+        raise ValueError(f"FlipES: got num_bases={num_bases!r}, expected an integer >= 1")
+    if distribution not in NOISE:
+        raise ValueError(
+            f"FlipES: got distribution={distribution!r}, expected one of {list(NOISE)}"
+        )
+    if fitness_shaping not in SHAPINGS:
+        raise ValueError(
+            f"FlipES: got fitness_shaping={fitness_shaping!r}, expected one of {list(SHAPINGS)}"
+        )
+    if not 0 <= weight_decay < float("inf"):
+        raise ValueError(f"FlipES: got weight_decay={weight_decay}, expected a number >= 0")
+    if isinstance(example_dim, bool) or not isinstance(example_dim, int) or example_dim < 0:
+        raise ValueError(f"FlipES: got example_dim={example_dim!r}, expected an integer >= 0")
+
+
+def perturbed(
+    module: nn.Module,
+    sigma: float | Mapping[Pattern, float],
+    hide: Iterable[Pattern] | None,
+    expose: Iterable[Pattern] | None,
+) -> list[Perturbed]:
+    """The chosen parameters, each with the standard deviation of its group.
+
+    :raises ValueError: if a group means no parameter, or a parameter has no group.
+    """
+    groups = _groups(sigma)
+    chosen = _chosen(module, hide, expose)
+    for pattern in groups:
+        if not any(_means(pattern, each) for each in chosen):
+            raise ValueError(
+                f"FlipES: sigma has a group {pattern!r}, which means none of the parameters "
+                f"{[each.name for each in chosen[:4]]}"
+            )
+    return [Perturbed.of(each, _sigma(each, groups)) for each in chosen]
+
+
+def _groups(sigma: float | Mapping[Pattern, float]) -> Mapping[Pattern, float]:
+    groups: Mapping[Pattern, float] = sigma if isinstance(sigma, Mapping) else {"*": sigma}
+    for pattern, value in groups.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(
+                f"FlipES: got sigma={value} for {pattern!r}, expected a finite number > 0; "
+                "leave weights out with hide"
+            )
+    return groups
+
+
+def _sigma(chosen: Chosen, groups: Mapping[Pattern, float]) -> float:
+    """The standard deviation of the first group that means a parameter."""
+    for pattern, value in groups.items():
+        if _means(pattern, chosen):
+            return value
+    raise ValueError(
+        f"FlipES: no group of sigma means '{chosen.name}'; add a last group '*', or leave it out "
+        f"with hide=['{chosen.name}']"
+    )
+
+
+def _means(pattern: Pattern, chosen: Chosen) -> bool:
+    return any(use.matches(pattern) for use in chosen.uses)
+
+
+def _chosen(
+    module: nn.Module, hide: Iterable[Pattern] | None, expose: Iterable[Pattern] | None
+) -> list[Chosen]:
+    chosen = choose(module, hide, expose, "FlipES")
+    return [each for each in chosen if each.parameter.requires_grad] or chosen

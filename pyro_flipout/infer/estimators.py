@@ -1,0 +1,47 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The estimators that can be compared, by name: what each does to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from pyro_flipout.poutine.handlers import flipout, independent, local_reparameterization
+
+__all__ = ["ESTIMATORS", "estimators_of"]
+
+Estimator: TypeAlias = Callable[[Any], Any]
+
+
+def _shared(model: Any) -> Any:
+    """No handler: one draw of the weights for the whole mini-batch."""
+    return model
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "shared": _shared,
+    "flipout": flipout,
+    "independent": independent,
+    "local_reparameterization": local_reparameterization,
+}
+"""Each wraps a model, as :func:`~pyro_flipout.flipout` does."""
+
+
+def estimators_of(wanted: Iterable[str] | Mapping[str, Estimator]) -> dict[str, Estimator]:
+    """Looks up estimators by name.
+
+    :param wanted: names, or a mapping from names of your own to functions that wrap a model.
+    :raises ValueError: if a name is unknown.
+    """
+    if isinstance(wanted, Mapping):
+        return dict(wanted)
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    unknown = [name for name in names if name not in ESTIMATORS]
+    if unknown or not names:
+        raise ValueError(
+            f"gradient_variance: got estimators={names}, expected some of {list(ESTIMATORS)}, or "
+            "a dict from names to functions of the model"
+        )
+    return {name: ESTIMATORS[name] for name in names}

@@ -1,0 +1,332 @@
+"""Measured variances against exact ones: streaming, pieces, batches, no trace left behind."""
+
+import sys
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn.functional as F
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.util import get_rng_state
+
+from pyro_flipout import FlipoutMessenger
+from pyro_flipout.infer import AutoMeanField, gradient_variance
+from pyro_flipout.infer._gradients import Piece
+from pyro_flipout.infer._moments import Moments, Spread
+from tests.helpers import Regression, mlp
+
+QUIET = {"progress": False}
+
+
+def regression(guide_class=AutoNormal, rows=12):
+    model = Regression(mlp((3, 4, 2)), scale=1.0)
+    args = torch.randn(rows, 3), torch.randn(rows, 2)
+    guide = guide_class(model, init_scale=0.3)
+    guide(*args)
+    return model, guide, args
+
+
+class Recorder(Trace_ELBO):
+    """Keeps every gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.grads, self.batches = [], []
+
+    def loss_and_grads(self, model, guide, *args, **kwargs):
+        loss = super().loss_and_grads(model, guide, *args, **kwargs)
+        self.grads.append({name: p.grad.clone() for name, p in guide.named_parameters()})
+        self.batches.append(args)
+        return loss
+
+
+def test_moments_are_exact(float64):
+    draws = [[torch.randn(2, 3) * 5 + 1e3, torch.randn(4)] for _ in range(9)]
+    first = Piece("a[s]", "s", 0, torch.tensor([0, 2]), 2)
+    second = Piece("b", "t", 1, None, 4)
+    moments = Moments([[first], [second], [first, second]], entries=True)
+    for grads in draws:
+        moments.add(grads)
+    a, b = (torch.stack([d[i] for d in draws]) for i in range(2))
+    for kept, stacked in zip(moments.variances, (a, b), strict=True):
+        torch.testing.assert_close(kept, stacked.var(0), rtol=1e-10, atol=0)
+    torch.testing.assert_close(moments.means[1], b.mean(0))
+    parts = [a.var(0).flatten()[[0, 2]], b.var(0)]
+    for spread, expected in zip(moments.spreads, [*parts, torch.cat(parts)], strict=True):
+        assert spread.mean == pytest.approx(expected.mean().item(), rel=1e-10)
+        assert spread.count == 8
+
+
+def test_error_of_a_variance():
+    """Increments of independent Gaussians are independent: Var(s²) = 2 σ⁴ / (R - 1)."""
+    pieces = [[Piece("a", "a", 0, None, 50)]]
+    moments = Moments(pieces)
+    for _ in range(2000):  # entries that move together: no averaging within one gradient
+        moments.add([2 * torch.randn(1).expand(50)])
+    assert moments.spreads[0].error == pytest.approx(4 * (2 / 1999) ** 0.5, rel=0.15)
+
+
+def test_spread():
+    spread = Spread()
+    assert np.isnan(spread.error)
+    values = np.random.default_rng(0).normal(size=20)
+    for value in values:
+        spread.add(float(value))
+    assert spread.mean == pytest.approx(values.mean())
+    assert spread.error == pytest.approx(values.std(ddof=1) / 20**0.5)
+
+
+@pytest.mark.parametrize("divide_by", [None, 50.0])
+def test_variances_are_those_of_the_gradients(float64, divide_by):
+    model, guide, args = regression()
+    elbo = Recorder()
+    options = {"elbo": elbo, "entries": True, "batch_sizes": [3, 8], "num_repeats": 6, **QUIET}
+    found = gradient_variance(model, guide, args, divide_by=divide_by, **options)
+    assert dict(found.sizes)["estimator"] == 2
+    assert len(elbo.grads) == 4 * 6
+    runs = iter(elbo.grads)
+    for estimator in ("shared", "flipout"):
+        for size in (3, 8):
+            grads = [next(runs) for _ in range(6)]
+            at = {"estimator": estimator, "batch_size": size}
+            for name, _ in guide.named_parameters():
+                stacked = torch.stack([g[name] for g in grads]) / (divide_by or size)
+                label = f"AutoNormal.{name}".removesuffix("_unconstrained")
+                entries = found[f"{label}_entries"].sel(at).values
+                np.testing.assert_allclose(entries, stacked.var(0), rtol=1e-9)
+                whole = found.variance.sel(**at, parameter=label).item()
+                assert whole == pytest.approx(stacked.var(0).mean().item(), rel=1e-9)
+
+
+def test_a_site_averages_over_its_parameters(float64):
+    model, guide, args = regression()
+    found = gradient_variance(model, guide, args, num_repeats=5, batch_sizes=[4], **QUIET)
+    for site in found.site.values:
+        mine = found.variance.where(found.site_of_parameter == site, drop=True)
+        weights = found.num_entries.where(found.site_of_parameter == site, drop=True)
+        expected = (mine * weights).sum("parameter") / weights.sum()
+        np.testing.assert_allclose(found.site_variance.sel(site=site), expected, rtol=1e-10)
+    assert set(found.site.values) == {"net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"}
+
+
+@pytest.mark.parametrize("guide_class", [AutoDiagonalNormal, AutoMeanField])
+def test_a_flat_parameter_is_cut_by_site(float64, guide_class):
+    model, guide, args = regression(guide_class)
+    options = {"num_repeats": 4, "batch_sizes": [4], "entries": True, "parameters": ["*loc"]}
+    found = gradient_variance(model, guide, args, **options, **QUIET)
+    name = f"{guide_class.__name__}.loc"
+    assert [str(p) for p in found.parameter.values] == [f"{name}[{s}]" for s in found.site.values]
+    sizes = {"net.0.weight": 12, "net.0.bias": 4, "net.2.weight": 8, "net.2.bias": 2}
+    flat, start = found[f"{name}_entries"].values, 0
+    for site in guide.prototype_trace.stochastic_nodes:
+        if site not in sizes:
+            continue
+        own = flat[..., start : start + sizes[site]].mean(-1)
+        np.testing.assert_allclose(found.site_variance.sel(site=site), own, rtol=1e-9)
+        start += sizes[site]
+    assert start == 26
+
+
+def test_a_parameter_of_several_sites_stays_whole():
+    def model(x):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        scale = pyro.param("noise", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(a + b, scale.exp()), obs=x)
+
+    def guide(x):
+        both = pyro.param("both", torch.zeros(2))
+        pyro.sample("a", dist.Normal(both.sum(), 1.0))
+        pyro.sample("b", dist.Normal(both.sum(), 1.0))
+
+    found = gradient_variance(
+        model, guide, (torch.randn(5),), estimators="shared", num_repeats=3, **QUIET
+    )
+    assert sorted(found.site.values) == ["both", "noise"]
+
+
+def test_a_point_has_no_variance_on_a_fixed_batch():
+    def guide(x, y):
+        loc = pyro.param("loc", torch.zeros(1, 3))
+        pyro.sample("w", dist.Delta(loc).to_event(2))
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(F.linear(x, w).squeeze(-1), 1.0), obs=y)
+
+    args = torch.randn(8, 3), torch.randn(8)
+    found = gradient_variance(model, guide, args, batches="fixed", num_repeats=3, **QUIET)
+    assert (found.variance == 0).all()
+    found = gradient_variance(model, guide, args, num_repeats=3, **QUIET)
+    assert (found.variance > 0).all()
+
+
+def test_nothing_is_left_behind():
+    model, guide, args = regression()
+    marks = [torch.full_like(p, 7.0) for p in guide.parameters()]
+    for parameter, mark in zip(guide.parameters(), marks, strict=True):
+        parameter.grad = mark
+    before = [p.detach().clone() for p in guide.parameters()]
+    state = get_rng_state()
+    gradient_variance(model, guide, args, num_repeats=3, batch_sizes=[2], **QUIET)
+    for p, value, mark in zip(guide.parameters(), before, marks, strict=True):
+        assert torch.equal(p, value)
+        assert p.grad is mark
+        assert (mark == 7).all()
+    assert torch.equal(state["torch"], get_rng_state()["torch"])
+    np.testing.assert_array_equal(state["numpy"][1], get_rng_state()["numpy"][1])
+
+
+def test_gradients_are_restored_after_an_error():
+    model, guide, args = regression()
+
+    class Broken(Trace_ELBO):
+        def loss_and_grads(self, *args, **kwargs):
+            super().loss_and_grads(*args, **kwargs)
+            raise KeyError("broken")
+
+    with pytest.raises(KeyError, match="broken"):
+        gradient_variance(model, guide, args, elbo=Broken(), **QUIET)
+    assert all(p.grad is None for p in guide.parameters())
+
+
+def test_seed():
+    model, guide, args = regression()
+    options = {"num_repeats": 3, "batch_sizes": [4], **QUIET}
+    runs = [gradient_variance(model, guide, args, seed=s, **options) for s in (1, 1, 2)]
+    assert (runs[0].variance == runs[1].variance).all()
+    assert (runs[0].variance != runs[2].variance).all()
+    state = get_rng_state()["torch"]
+    gradient_variance(model, guide, args, seed=None, **options)
+    assert not torch.equal(state, get_rng_state()["torch"])
+
+
+# ------------------------------------------------------------------------ mini-batches
+
+
+def batches_of(args, **options):
+    """The first argument of each call."""
+    model, guide, _ = regression()
+    elbo = Recorder()
+    options = {"num_repeats": 2, "estimators": ["shared"], "elbo": elbo, **options}
+    found = gradient_variance(model, guide, args, **options, **QUIET)
+    return found, [batch[0] for batch in elbo.batches]
+
+
+def test_fixed_batches_are_the_first_rows():
+    args = torch.randn(6, 3), torch.randn(6, 2)
+    _, seen = batches_of(args, batches="fixed", batch_sizes=[2, 5])
+    assert [len(x) for x in seen] == [2, 2, 5, 5]
+    assert all(torch.equal(x, args[0][: len(x)]) for x in seen)
+
+
+def test_resampled_batches_are_rows_of_the_data():
+    args = torch.arange(6.0)[:, None].expand(6, 3), torch.randn(6, 2)
+    found, seen = batches_of(args, batch_sizes=[40])
+    assert found.attrs["batches"] == "resampled"
+    assert all(set(x[:, 0].tolist()) <= set(range(6)) for x in seen)
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_batches_of_a_function():
+    def batch(size):
+        return torch.ones(size, 3), torch.ones(size, 2)
+
+    _, seen = batches_of((), batches=batch, batch_sizes=[4])
+    assert all(torch.equal(x, torch.ones(4, 3)) for x in seen)
+
+
+def test_other_tensors_and_keyword_arguments():
+    seen = []
+
+    def model(x, width, *, y, flag=None):
+        seen.append((x.shape, width.shape, y.shape, flag))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+        with pyro.plate("data", x.size(1)):
+            mean = F.linear(x, w).squeeze(-1)[-1]
+            pyro.sample("y", dist.Normal(mean, width[0]), obs=y[0])
+
+    def guide(*args, **kwargs):
+        loc = pyro.param("loc", torch.zeros(1, 3))
+        pyro.sample("w", dist.Normal(loc, 1.0).to_event(2))
+
+    args = torch.randn(5, 7, 3), torch.ones(2)
+    options = {"kwargs": {"y": torch.randn(1, 7), "flag": "on"}, "example_dim": 1}
+    found = gradient_variance(
+        model,
+        guide,
+        args,
+        num_repeats=2,
+        batch_sizes=[3],
+        estimators=["shared"],
+        **options,
+        **QUIET,
+    )
+    assert found.attrs["num_repeats"] == 2
+    assert set(seen) == {((5, 3, 3), (2,), (1, 3), "on")}
+
+
+# -------------------------------------------------------------------------------- options
+
+
+def test_default_sizes_and_names():
+    model, guide, args = regression(rows=20)
+    options = {"num_repeats": 2, "elbo": TraceMeanField_ELBO(), **QUIET}
+    found = gradient_variance(model, guide, args, **options)
+    assert found.batch_size.values.tolist() == [1, 4, 16]
+    assert found.variance.dims == ("estimator", "batch_size", "parameter")
+    assert found.site_variance_se.dims == ("estimator", "batch_size", "site")
+    assert (found.seconds > 0).all()
+
+
+def test_estimators_of_your_own():
+    model, guide, args = regression()
+    handler = FlipoutMessenger(hide=["net.0.weight"])
+    own = {"bare": lambda fn: fn, "partly": handler}
+    found = gradient_variance(
+        model, guide, args, estimators=own, num_repeats=2, batch_sizes=[4], **QUIET
+    )
+    assert found.estimator.values.tolist() == ["bare", "partly"]
+    assert handler.decisions["net.0.weight"] == "shared: it is hidden"
+    assert handler.decisions["net.2.weight"] == "flipped"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimators": ["Flipout"]}, r"expected some of \['shared', 'flipout'"),
+        ({"estimators": []}, r"got estimators=\[\]"),
+        ({"num_repeats": 1}, "expected at least 2"),
+        ({"batch_sizes": [0, 2]}, "expected integers >= 1"),
+        ({"batch_sizes": []}, "expected integers >= 1"),
+        ({"batch_sizes": [13], "batches": "fixed"}, "args have 12 rows in their dimension 0"),
+        ({"batches": "fresh"}, 'expected "resampled", "fixed" or a function'),
+        ({"parameters": ["*mean*"]}, "expected names or patterns of some of .*locs"),
+    ],
+)
+def test_wrong_options(options, message):
+    model, guide, args = regression()
+    with pytest.raises(ValueError, match=message):
+        gradient_variance(model, guide, args, **QUIET, **options)
+
+
+def test_no_data():
+    model, guide, _ = regression()
+    with pytest.raises(ValueError, match="args have 0 rows"):
+        gradient_variance(model, guide, (), batch_sizes=[2], **QUIET)
+
+
+def test_progress_bar(capsys, monkeypatch):
+    model, guide, args = regression()
+    options = {"num_repeats": 3, "batch_sizes": [2], "estimators": ["shared"]}
+    gradient_variance(model, guide, args, **options)
+    assert "3/3" in capsys.readouterr().err
+    gradient_variance(model, guide, args, progress=False, **options)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    gradient_variance(model, guide, args, **options)
+    assert not capsys.readouterr().err
