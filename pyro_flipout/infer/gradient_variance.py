@@ -71,8 +71,8 @@ def gradient_variance(
     :param args: the model's, with the whole data set in place of a mini-batch.
     :param kwargs: likewise. Every tensor in ``args`` and ``kwargs`` that has as many rows as the
         first one is data, of which mini-batches are taken.
-    :param estimators: names from :data:`~pyro_flipout.infer.estimators.ESTIMATORS`, or a mapping from names
-        to functions that wrap a model.
+    :param estimators: names from :data:`~pyro_flipout.infer.estimators.ESTIMATORS`, or a mapping
+        from names to functions that wrap a model.
     :param batch_sizes: values of N; if omitted the powers of 4 up to the size of the data.
     :param num_repeats: gradients for each variance.
     :param batches: ``"resampled"``: each repeat has a fresh mini-batch, rows drawn at random with
