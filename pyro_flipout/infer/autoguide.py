@@ -160,7 +160,8 @@ class AutoMeanField(AutoGuide):
             locs.append(loc)
             scales.append(scale)
         self._check(locs)
-        self.loc = torch.nn.Parameter(torch.cat([t.reshape(-1) for t in locs]))
+        # Not a plain parameter, which SVI cannot train under module_local_params.
+        self.loc = PyroParam(torch.cat([t.reshape(-1) for t in locs]), constraints.real)
         scale = torch.cat([t.reshape(-1) for t in scales])
         if self.learn_scale:
             self.scale = PyroParam(scale, self.scale_constraint)

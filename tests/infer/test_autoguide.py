@@ -69,7 +69,7 @@ def test_one_draw_for_all_sites(family):
 
 def test_parameters_are_one_loc_and_one_scale():
     _, guide, x, y = setup()
-    assert [n for n, _ in guide.named_parameters()] == ["loc", "scale_unconstrained"]
+    assert [n for n, _ in guide.named_parameters()] == ["loc_unconstrained", "scale_unconstrained"]
     assert set(poutine.trace(guide).get_trace(x, y).param_nodes) == {
         "AutoMeanField.loc",
         "AutoMeanField.scale",
@@ -473,8 +473,8 @@ def test_elbo_module(learn_scale, local):
         elbo = TraceMeanField_ELBO()(flipout(model), guide)
         elbo(x, y)
         names = {n for n, _ in elbo.named_parameters()}
-        expected = {"guide.loc", "guide.scale_unconstrained"}
-        assert names == (expected if learn_scale else {"guide.loc"})
+        expected = {"guide.loc_unconstrained", "guide.scale_unconstrained"}
+        assert names == (expected if learn_scale else {"guide.loc_unconstrained"})
         optim = torch.optim.Adam(elbo.parameters(), 0.05)
         losses = []
         for _ in range(40):
@@ -660,3 +660,16 @@ def test_unknown_site():
     _, guide, _, _ = setup()
     with pytest.raises(KeyError, match="got site 'w', expected one of"):
         guide.loc_and_scale("w")
+
+
+def test_svi_under_module_local_parameters():
+    def model():
+        pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+
+    with pyro.settings.context(module_local_params=True):
+        guide = AutoMeanField(model)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+        svi.step()
+        before = guide.loc.detach().clone()
+        svi.step()
+        assert not torch.equal(guide.loc, before)

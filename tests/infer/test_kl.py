@@ -450,7 +450,7 @@ def test_modules_stay_modules():
         assert wrapped.state_dict().keys() == module.state_dict().keys()
         assert list(wrapped.parameters()) == list(module.parameters())
     elbo = Trace_ELBO()(tempered(model, 0.1), tempered(guide, 0.1))
-    assert {n for n, _ in elbo.named_parameters()} == {"guide.loc", "guide.scale_unconstrained"}
+    assert {n for n, _ in elbo.named_parameters()} == {"guide.loc_unconstrained", "guide.scale_unconstrained"}
     elbo(x, y).backward()
     elbo = tempered(Trace_ELBO(), 0.1)(model, guide)
     elbo(x, y).backward()
