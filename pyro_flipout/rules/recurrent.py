@@ -210,7 +210,7 @@ def _check_layout(call: Call) -> None:
         raise ExampleDimError(
             f"flipout: site '{weight.site}' in {name} met input of shape {shape} with the "
             f"sequences in dimension {dim} (batch_first={call.batch_first}), but the examples "
-            f"are expected in dimension {weight.execution.example_dim}; say "
+            f"are expected in dimension {weight.execution.example_dim}; set example_dim, as in "
             f"flipout(example_dim={dim}), or make the layer with "
             f"batch_first={not call.batch_first} and transpose its input"
         )

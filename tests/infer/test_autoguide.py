@@ -371,6 +371,7 @@ def test_subsampled_plates(create):
         "v": (7, 3),
         "p": (7, 2),
     }
+    assert guide._noise_size == 1  # of "scale": no noise is drawn for rows that are not needed
     randomize(guide)
     trace = poutine.trace(guide).get_trace(x, 3)
     rows = trace.nodes["data"]["value"]
@@ -488,7 +489,7 @@ def test_elbo_module(learn_scale, local):
 
 def test_fixed_scale():
     model, guide, x, y = setup(learn_scale=False, init_scale=0.25)
-    assert set(guide.state_dict()) == {"loc", "scale"}
+    assert set(guide.state_dict()) == {"loc_unconstrained", "scale"}
     svi = SVI(flipout(model), guide, pyro.optim.Adam({"lr": 0.05}), TraceMeanField_ELBO())
     before = guide.loc.clone()
     svi.step(x, y)
@@ -649,6 +650,13 @@ def test_mixed_dtypes():
         ValueError, match="'a' is torch.float32.*'b' is torch.float64.*AutoGuideList"
     ):
         AutoMeanField(model)()
+
+
+def test_leftovers_in_the_param_store():
+    _, guide, x, y = setup()
+    guide(x, y)
+    with pytest.raises(RuntimeError, match=r"2 latent values.*clear_param_store"):
+        AutoMeanField(lambda: pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1)))()
 
 
 def test_discrete_sites_are_refused():

@@ -361,6 +361,10 @@ def test_a_joint_draw_cannot_be_tempered_in_part():
     model, guide, x, y = setup("AutoDiagonalNormal")
     with pytest.raises(FlipoutError, match="may stand for several sites.*AutoMeanField"):
         tempered(Trace_ELBO(), 0.1, expose=["noise"]).loss(model, guide, x, y)
+    names = poutine.trace(guide).get_trace(x, y).stochastic_nodes
+    pyro.set_rng_seed(3)
+    loss = tempered(Trace_ELBO(), 0.1, expose=names).loss(model, guide, x, y)
+    assert loss == loss_and_grad(Trace_ELBO(), model, guide, x, y, 0.1)[0]
 
 
 @pytest.mark.parametrize("guides", [1.0, 0.2])
@@ -442,6 +446,19 @@ def test_flipout_goes_on(wrap):
     assert Trace_ELBO().loss(wrap(model), tempered(guide, 0.1), x, y) == expected
 
 
+def test_noise_drawn_in_the_model_is_flipped_too():
+    """Tempering is known not to set values: no warning, no shared draw."""
+
+    def model(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+        return torch.nn.functional.linear(x, w)
+
+    handler = Recording()
+    with tempered(factor=0.1):
+        handler(model)(torch.randn(4, 3))
+    assert set(handler.seen) == {"w"}
+
+
 def test_modules_stay_modules():
     model, guide, x, y = setup()
     for module in (model, guide):
@@ -450,7 +467,8 @@ def test_modules_stay_modules():
         assert wrapped.state_dict().keys() == module.state_dict().keys()
         assert list(wrapped.parameters()) == list(module.parameters())
     elbo = Trace_ELBO()(tempered(model, 0.1), tempered(guide, 0.1))
-    assert {n for n, _ in elbo.named_parameters()} == {"guide.loc_unconstrained", "guide.scale_unconstrained"}
+    names = {n for n, _ in elbo.named_parameters()}
+    assert names == {"guide.loc_unconstrained", "guide.scale_unconstrained"}
     elbo(x, y).backward()
     elbo = tempered(Trace_ELBO(), 0.1)(model, guide)
     elbo(x, y).backward()
