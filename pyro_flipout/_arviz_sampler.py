@@ -187,10 +187,11 @@ class Sampler:
                 log_prob, mask = unscaled_log_prob(site)
                 if mask is not None:
                     log_prob = log_prob.masked_fill(~mask, torch.nan)
-                log_prob = log_prob.double()
-                self._group("log_likelihood").put(name, s, b, log_prob, site, 0, batch.drop)
+                event_dim, value = event_dim_of(site), site["value"]
+                self._group("log_likelihood").put(
+                    name, s, b, log_prob.double(), site, 0, batch.drop, summed=event_dim
+                )
                 if s == 0:
-                    event_dim, value = event_dim_of(site), site["value"]
                     self._observed().put(name, 0, b, value, site, event_dim, batch.drop)
         self._store_values("posterior", run.scored, batch, b, s, total)
         self._store_predicted(run, batch, b, s, total, ("", "posterior_predictive"))

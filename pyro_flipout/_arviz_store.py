@@ -83,6 +83,7 @@ class Group:
         event_dim: int = 0,
         drop: int = 0,
         batches: int = 1,
+        summed: int = 0,
     ) -> None:
         """Stores a value of one draw on one batch.
 
@@ -90,6 +91,8 @@ class Group:
         :param site: the trace's node, for its plates.
         :param drop: how many of the first examples to leave out.
         :param batches: how many batches there will be, as far as is known.
+        :param summed: how many of the rightmost dimensions of the site, which the user's names
+            count, the value lacks.
         """
         plates, axis = self._plates(site, tuple(value.shape), event_dim)
         if axis is None and batch > 0:
@@ -98,7 +101,9 @@ class Group:
             value = value.narrow(axis, drop, value.shape[axis] - drop)
         size = value.numel() * self.num_draws * (batches if axis is not None else 1)
         fate = "keep" if self.policy is None else self.policy.of(name, size)
-        self._names[name] = site_dims(name, value.shape, plates, self.dims.get(name))
+        named = self.dims.get(name)
+        named = named if named is None else named[: max(len(named) - summed, 0)]
+        self._names[name] = site_dims(name, value.shape, plates, named)
         self._axes[name] = axis
         if fate == "keep":
             self._array(name, batch, value)[draw] = to_numpy(value)

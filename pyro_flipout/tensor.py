@@ -23,12 +23,14 @@ References
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.overrides import resolve_name
 
 from pyro_flipout.errors import ExampleDimError, MissingRuleError, warn
@@ -179,6 +181,11 @@ class Execution:
                 "in (N, T, features) instead of (N * T, features), or set example_dim"
             )
 
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one example, which sees the shared draw: its signs are all 1."""
+        return self.num_examples == 1
+
     def signs(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Dense signs ``(N, *codes.shape)``."""
         assert self.num_examples is not None
@@ -247,8 +254,10 @@ class Draw:
             (*lead, *(size if d == dim else 1 for d, size in enumerate(event)))
             for dim in range(min(2, len(event)))
         ] or [lead]
+        sizes = [math.prod(shape) for shape in shapes]
+        codes = draw_codes((sum(sizes),), value.device).split(sizes)
         self.factors: tuple[Factor, ...] = tuple(
-            (SignFactor(self), draw_codes(shape, value.device)) for shape in shapes
+            (SignFactor(self), c.view(shape)) for c, shape in zip(codes, shapes, strict=True)
         )
 
     @property
@@ -448,6 +457,7 @@ class FlipoutTensor(Tensor):
         return center, tuple(term for term in self._terms if not term.shared)
 
     @classmethod
+    @_disable_dynamo  # torch.compiler.disable, but without importing dynamo until it is called
     def __torch_function__(
         cls,
         func: Callable[..., Any],
@@ -455,27 +465,35 @@ class FlipoutTensor(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        rule = RULES.get(func)
-        if rule is None and _is_query(func):
-            return func(*unwrap(args), **unwrap(kwargs))
-        weights = list(_walk((args, kwargs)))
-        if rule is not None and rule.per_particle and any(w.lead_dims for w in weights):
-            return _over_particles(func, args, kwargs, weights)
-        flipped = [w for w in weights if w.terms]
-        if not flipped:
-            return func(*unwrap(args), **unwrap(kwargs))
-        try:
-            if rule is None:
-                raise NoRule("there is no flipout rule")
-            return rule.apply(func, *args, **kwargs)
-        except NoRule as why:
-            _missing_rule(describe(func), why.weights or flipped, str(why))
-            if why.weights:
-                return cls.__torch_function__(func, types, args, kwargs)
-        except NotExamples as why:
-            _share(flipped, f"in {describe(func)}, {why}")
+        if torch._guards.TracingContext.try_get() is not None:
+            # torch.compile looks at a weight before it traces a call. It would trace the shared
+            # draw: told to leave the frame alone, it runs it as it is, and the rules apply.
+            raise torch._dynamo.exc.SkipFrame("a flipped weight is not traced")
+        return _dispatch(func, args, kwargs or {})
+
+
+def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls a torch function on flipped weights by its rule, or on their shared draws."""
+    rule = RULES.get(func)
+    if rule is None and _is_query(func):
         return func(*unwrap(args), **unwrap(kwargs))
+    weights = list(_walk((args, kwargs)))
+    if rule is not None and rule.per_particle and any(w.lead_dims for w in weights):
+        return _over_particles(func, args, kwargs, weights)
+    flipped = [w for w in weights if w.terms]
+    if not flipped:
+        return func(*unwrap(args), **unwrap(kwargs))
+    try:
+        if rule is None:
+            raise NoRule("there is no flipout rule")
+        return rule.apply(func, *args, **kwargs)
+    except NoRule as why:
+        _missing_rule(describe(func), why.weights or flipped, str(why))
+        if why.weights:
+            return _dispatch(func, args, kwargs)
+    except NotExamples as why:
+        _share(flipped, f"in {describe(func)}, {why}")
+    return func(*unwrap(args), **unwrap(kwargs))
 
 
 def flip(

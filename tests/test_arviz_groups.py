@@ -10,8 +10,11 @@ import sys
 import types
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+
+matplotlib.use("Agg")
 
 PACKAGE = Path(__file__).parents[1] / "pyro_flipout"
 if importlib.util.find_spec("torch") is None:
@@ -144,6 +147,43 @@ def test_arviz_reads_it():
     assert np.isfinite(getattr(found, "elpd_loo", getattr(found, "elpd", np.nan)))
 
 
+ARVIZ_1 = not groups.has_inference_data()  # with 0.2x, tests/test_io_arviz.py plots real fits
+
+
+@pytest.mark.skipif(not ARVIZ_1, reason="these are ArviZ 1.x's names")
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+def test_arviz_1_compares():
+    import arviz as az
+
+    fits = {name: example()[1] for name in ("good", "bad")}
+    fits["bad"].log_likelihood["y"].values[:] -= 2.0
+    table = az.compare(fits)
+    assert list(table.index) == ["good", "bad"]
+    assert float(table["elpd_diff"].iloc[1]) == pytest.approx(-2.0 * N, abs=0.2)
+
+
+@pytest.mark.skipif(not ARVIZ_1, reason="these are ArviZ 1.x's names")
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+@pytest.mark.parametrize(
+    ("plot", "kwargs"),
+    [
+        ("plot_ppc_dist", {}),
+        ("plot_loo_pit", {"var_names": ["y"]}),
+        ("plot_trace", {"var_names": ["w"]}),
+        ("plot_rank", {"var_names": ["w"], "method": "envelope"}),  # the other needs more chains
+    ],
+    ids=["ppc", "loo_pit", "trace", "rank"],
+)
+def test_arviz_1_plots(plot, kwargs):
+    import arviz as az
+    import matplotlib.pyplot as plt
+
+    getattr(az, plot)(example()[1], backend="matplotlib", **kwargs)
+    drawn = [ax for ax in plt.gcf().axes if ax.has_data()]
+    assert len(drawn) >= len(kwargs.get("var_names", ["y"]))
+    plt.close("all")
+
+
 def with_ratios(log_ratio, w=None):
     w = np.arange(len(log_ratio)) if w is None else w
     return build(
@@ -157,7 +197,8 @@ def with_ratios(log_ratio, w=None):
 
 
 @pytest.mark.parametrize(
-    ("shape", "verdict"), [(0.2, "good"), (0.6, "usable"), (0.95, "bad")]
+    ("shape", "verdict"),
+    [(0.2, "good"), (0.44, "good"), (0.56, "usable"), (0.64, "usable"), (0.76, "bad")],
 )  # fmt: skip
 def test_khat_is_the_shape_of_the_ratios_tail(shape, verdict):
     """Ratios that are Pareto by construction, at its quantiles, have its shape."""

@@ -52,6 +52,8 @@ def test_ece_by_hand(kind):
     assert metrics.ece(PROBS, LABELS, bins=5) == pytest.approx((0.6 + 0.5 + 0.3 + 0.1) / 4)
     # One bin: mean confidence 0.625, accuracy 0.75.
     assert metrics.ece(PROBS, LABELS, bins=1) == pytest.approx(0.125)
+    # Bins that hold 2, 1 and 1 weigh as much: gaps 0.05, 0.3 and 0.1.
+    assert metrics.ece(PROBS, LABELS, bins=4) == pytest.approx((2 * 0.05 + 0.3 + 0.1) / 4)
     # Two bins of two: (0.45, 0.5) and (0.8, 1).
     assert metrics.adaptive_ece(PROBS, LABELS, bins=2) == pytest.approx((0.05 + 0.2) / 2)
 
@@ -78,6 +80,10 @@ def test_plot_reliability():
     axes = metrics.plot_reliability(metrics.reliability(PROBS, LABELS), label="q")
     assert axes.get_xlabel() == "confidence"
     np.testing.assert_allclose(axes.containers[0].lines[0].get_ydata(), [1, 0, 1, 1])
+    # Two examples of which one is right: 0.5 with a standard error of 0.5 / sqrt(2).
+    axes = metrics.plot_reliability(metrics.reliability(PROBS, LABELS, bins=4), color="k")
+    bars = np.array(axes.containers[0].lines[2][0].get_segments())[:, :, 1]
+    np.testing.assert_allclose(np.ptp(bars, 1), [math.sqrt(2) / 2, 0, 0], atol=1e-9)
     plt.close("all")
 
 
@@ -133,6 +139,9 @@ def test_ood_scores_by_hand(kind):
     assert found.aupr == pytest.approx((1 + 1 + 3 / 4) / 3)
     assert found.fpr95 == 0.25
     assert metrics.ood_scores(familiar, familiar).auroc == 0.5
+    # 95 % of 20: the 19 above 1, which 18 of the familiar ones exceed too.
+    steps = np.arange(20)
+    assert metrics.ood_scores(steps, steps + 0.5).fpr95 == pytest.approx(18 / 20)
 
 
 def test_errors_name_what_is_wrong():

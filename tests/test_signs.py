@@ -64,7 +64,38 @@ def test_codes_follow_the_seed_and_use_every_bit():
     torch.manual_seed(0)
     assert torch.equal(a, draw_codes((4096,)))
     ones = torch.stack([((a >> bit) & 1).sum() for bit in range(32)])
-    assert (ones - 2048).abs().max() < 6 * 32  # 6 standard deviations of Binomial(4096, 1/2)
+    assert ones[0] == 0  # example 0 has no flips
+    assert (ones[1:] - 2048).abs().max() < 6 * 32  # 6 standard deviations of Binomial(4096, 1/2)
+
+
+@pytest.mark.parametrize("num_examples", [1, 5, 32, 33, 64, 1000, 1061])
+@pytest.mark.parametrize(("example_dim", "dim"), [(0, 1), (1, 0), (0, 2), (1, 2)])
+def test_signs_in_factors_are_the_dense_ones(num_examples, example_dim, dim):
+    torch.manual_seed(0)
+    shape = [2, 2, 2]
+    shape[example_dim], shape[dim] = num_examples, 3
+    x, vector = torch.randn(shape, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    codes = draw_codes((3,))
+    signs, dense = (f(codes, num_examples, torch.float64) for f in (Signs, dense_signs))
+    placed = (dense.t() if dim < example_dim else dense).reshape(
+        [n if d in (example_dim, dim) else 1 for d, n in enumerate(shape)]
+    )
+    assert torch.equal(signs.times(x, example_dim, dim), x * placed)
+    along = vector.reshape([-1 if d == dim else 1 for d in range(3)])
+    torch.testing.assert_close(
+        signs.add_vectors(x.clone(), 2 * vector, vector, example_dim, dim),
+        x + (2 + placed) * along,
+    )
+    rows = torch.randn(num_examples, 3, dtype=torch.float64)
+    torch.testing.assert_close(signs.sum_times(rows), (rows * dense).sum(0))
+
+
+@pytest.mark.parametrize("stop", [64, 75, 100])
+def test_a_cut_has_the_signs_of_its_examples(stop):
+    codes = draw_codes((3,))
+    cut = Signs(codes, 100, torch.float).cut(slice(32, stop))
+    ones = torch.ones(stop - 32, 3)
+    assert torch.equal(cut.times(ones, 0, 1), dense_signs(codes, 100, torch.float)[32:stop])
 
 
 @pytest.mark.parametrize("count", [-1, MAX_EXAMPLES + 1])

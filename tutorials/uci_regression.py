@@ -50,12 +50,13 @@ from pyro_flipout.metrics import crps_ensemble, interval_coverage
 parser = argparse.ArgumentParser(description="UCI regression with Bayesian neural networks")
 parser.add_argument("--data-dir", type=Path, help="folder with a folder for each data set")
 parser.add_argument("--sets", nargs="*", help="names of folders; default: all that are there")
-parser.add_argument("--steps", type=int, default=3000, help="SVI steps of a fit")
+parser.add_argument("--steps", type=int, default=1500, help="SVI steps of a fit")
 parser.add_argument("--splits", type=int, default=20, help="use only the first so many splits")
-parser.add_argument("--batch-size", type=int, default=128)
+parser.add_argument("--batch-size", type=int, default=32)
+parser.add_argument("--members", type=int, default=3, help="fits that are averaged for a split")
 parser.add_argument("--noise", nargs="*", default=["homo", "hetero"], help="which to fit")
 parser.add_argument("--methods", nargs="*", default=["shared", "flipout"], help="which to fit")
-parser.add_argument("--draws", type=int, default=200, help="of the posterior, to evaluate")
+parser.add_argument("--draws", type=int, default=100, help="of each member, to evaluate")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, help="JSON file for the scores of every split")
 parser.add_argument("--smoke", action="store_true", help="every stage in a few seconds, for CI")
@@ -63,8 +64,10 @@ args = parser.parse_args([] if "ipykernel" in sys.modules else None)
 if args.smoke:
     args.steps, args.splits, args.draws = 20, 2, 10
 torch.set_num_threads(1)  # the matrices are too small to be worth sharing out
+pyro.enable_validation(args.smoke)  # a quarter of the time of a step
 NUM_HIDDEN = 50
-TEMPERATURES = [1.0, 0.1, 0.01]  # factors of the KL term to choose from
+TEMPERATURES = [0.3, 0.1, 0.03]  # factors of the KL term to choose from
+NOISE_FACTORS = [0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0]  # of the noise, likewise
 
 
 # %% [markdown]
@@ -116,9 +119,10 @@ else:
 # %% [markdown]
 # ## All fits at once
 #
-# The networks are tiny and the splits many, so we fit all of them in one program: the last
-# dimension of every weight counts the fits, and `einsum` keeps them apart. The loss is a sum over
-# fits and Adam works element by element, so each fit goes its own way, as if run alone.
+# The networks are tiny and the splits many, so we fit all of them in one program, with a batched
+# matrix product. The loss is a sum over fits and Adam works element by element, so each fit goes
+# its own way, as if run alone. The fits are the *last* dimension of a weight's sample site, as
+# flipout's signs vary along the first two, and the first one where it is used.
 #
 # A constant 1 is appended to the inputs and to the hidden layer, so a bias is one more row of a
 # weight. `example_dim=1` tells flipout that dimension 1 of the data, `(fits, examples, features)`,
@@ -130,33 +134,38 @@ class Model:
     """A network with one hidden layer for each fit.
 
     The factor of the KL term is λ; as only ratios matter to Adam, the likelihood gets 1/λ.
+    ``noise_factor`` stays 1 in training and widens or narrows the noise of predictions.
     """
 
     def __init__(self, num_features: int, num_train: int, temperature: Tensor, hetero: bool):
         self.num_features, self.num_train = num_features, num_train
         self.temperature, self.hetero = temperature, hetero  # (fits,)
         self.num_fits = len(temperature)
+        self.noise_factor = torch.ones_like(temperature)
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> None:  # (fits, N, features)
-        hidden = torch.relu(torch.einsum("knd,dhk->knh", with_one(x), self.weight("hidden")))
-        out = torch.einsum("knh,hok->kno", with_one(hidden), self.weight("out"))
+        hidden = torch.relu(with_one(x) @ self.weight("hidden"))
+        out = with_one(hidden) @ self.weight("out")  # (fits, N, 1 or 2)
         mean = out[..., 0]  # (fits, N)
         if self.hetero:
             scale = 1e-2 + torch.nn.functional.softplus(out[..., 1] - 0.5)
         else:
             noise = dist.LogNormal(-1.0, 1.0).expand([self.num_fits]).to_event(1)
-            scale = pyro.sample("noise", noise)[:, None]
+            scale = pyro.sample("noise", noise)[:, None].expand_as(mean)
         factor = self.num_train / x.shape[1] / self.temperature[:, None]
-        fits, examples = pyro.plate("fit", self.num_fits, dim=-2), pyro.plate("data", x.shape[1])
-        with fits, examples, poutine.scale(scale=factor):
-            pyro.sample("y", dist.Normal(mean, scale), obs=y)
+        with pyro.plate("fit", self.num_fits, dim=-2), pyro.plate("data", x.shape[1], dim=-1):
+            pyro.deterministic("mean", mean)
+            pyro.deterministic("scale", scale)
+            with poutine.scale(scale=factor):
+                pyro.sample("y", dist.Normal(mean, scale * self.noise_factor[:, None]), obs=y)
 
     def weight(self, name: str) -> Tensor:
-        """Shape (in, out, fits): flipout's signs vary along the first two dimensions."""
+        """Shape (fits, in, out)."""
         rows = {"hidden": self.num_features, "out": NUM_HIDDEN}[name]
         columns = {"hidden": NUM_HIDDEN, "out": 2 if self.hetero else 1}[name]
         prior = dist.Normal(0.0, 1.0 / math.sqrt(rows) if name == "out" else 1.0)
-        return pyro.sample(name, prior.expand([rows + 1, columns, self.num_fits]).to_event(3))
+        weight = pyro.sample(name, prior.expand([rows + 1, columns, self.num_fits]).to_event(3))
+        return weight.movedim(-1, 0).contiguous()
 
 
 def with_one(x: Tensor) -> Tensor:
@@ -166,67 +175,84 @@ def with_one(x: Tensor) -> Tensor:
 # %% [markdown]
 # ## Fitting and scoring
 #
-# A draw from the prior starts the means (at zero all hidden units would stay the same), a scale
-# of 0.05 the standard deviations; Adam's rate decays from 0.03 to 0.0015. `to_arviz` scores a fit:
-# called with test data, its `log_likelihood` is the log density of every test target under every
-# draw of the weights, without the factors that training had, and its `posterior_predictive` the
-# draws for RMSE, CRPS and coverage.
+# Draws from the prior, those of the hidden layer made smaller, start the means (at zero all hidden
+# units would stay the same). The predicted noise starts alike for all inputs: a network that can
+# call what it has not learnt yet noise may never learn it. A scale of 0.01 starts the standard
+# deviations; Adam's rate decays from 0.03 to 0.0015.
+#
+# `to_arviz` makes the predictions. Called with test data, its `log_likelihood` is the log density
+# of every test target under every draw of the weights, without the factors that training had, and
+# its `posterior_predictive` the draws for RMSE, CRPS and coverage. Several fits of a split, from
+# different starts, are its *members*: their draws are put together, a mixture of mean-field
+# posteriors.
 
 
 # %%
 class Fit(NamedTuple):
     model: Model
     guide: AutoMeanField
-    seconds: float
+    seconds: float  # of one CPU core
 
 
 def fit(model: Model, x: Tensor, y: Tensor, method: str, what: str) -> Fit:
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
-    guide = AutoMeanField(model, init_loc_fn=start, init_scale=0.05)
+    guide = AutoMeanField(model, init_loc_fn=start, init_scale=0.01)
     size = min(args.batch_size, x.shape[1])
     program = flipout(model, example_dim=1) if method == "flipout" else model
     decay = 0.05 ** (1 / args.steps)
     optim = ClippedAdam({"lr": 0.03, "lrd": decay, "clip_norm": 1e6})
     svi = SVI(program, guide, optim, TraceMeanField_ELBO())
     generator = torch.Generator().manual_seed(args.seed)  # its own: both see the same mini-batches
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in tqdm(range(args.steps), desc=f"{what}, {method}", disable=None):
         rows = torch.randperm(x.shape[1], generator=generator)[:size]
         svi.step(x[:, rows], y[:, rows])
-    return Fit(model, guide, time.perf_counter() - begin)
+    return Fit(model, guide, time.process_time() - begin)
 
 
 def start(site: dict) -> Tensor:
-    """Draws of the prior for weights; a small noise scale."""
-    return torch.full(site["fn"].shape(), 0.3) if site["name"] == "noise" else site["fn"].sample()
+    """Where the guide's means start."""
+    if site["name"] == "noise":
+        return torch.full(site["fn"].shape(), 0.3)
+    value = site["fn"].sample()  # (in, out, fits)
+    if site["name"] == "hidden":
+        return 0.3 * value
+    value[:, 1:] = 0.0  # of the noise that the network predicts
+    return value
 
 
-def score(found: Fit, x: Tensor, y: Tensor, unit: Tensor) -> dict[str, np.ndarray]:
-    """Scores of each fit; ``unit`` (fits,) is what one of the standardised target stands for."""
+def predict(found: Fit, x: Tensor, y: Tensor, splits: int) -> dict[str, Tensor]:
+    """Draws for given inputs, each (draws, settings, members, splits, N)."""
     idata = to_arviz(
         found.model, found.guide, x, y, num_samples=args.draws, num_prior_samples=0,
-        sites=[], seed=args.seed, data_plate="data", progress=False,
+        sites=["mean", "scale"], seed=args.seed, data_plate="data", progress=False,
     )  # fmt: skip
-    log_prob = torch.as_tensor(idata["log_likelihood"]["y"].values[0])  # (draws, fits, N)
-    draws = idata["posterior_predictive"]["y"].values[0]
-    mean = (log_prob.logsumexp(0) - math.log(args.draws)).mean(-1)
-    truth, scale = y.numpy(), unit.numpy()
+    shape = args.draws, -1, args.members, splits, x.shape[1]
     return {
-        "LL": (mean - unit.log()).numpy(),
-        "RMSE": scale * np.sqrt(((draws.mean(0) - truth) ** 2).mean(-1)),
-        "CRPS": scale * crps_ensemble(draws, truth, reduction="none").mean(-1),
-        "coverage": interval_coverage(draws, truth, 0.9, reduction="none").mean(-1),
+        "mean": torch.as_tensor(idata["posterior"]["mean"].values).reshape(shape),
+        "scale": torch.as_tensor(idata["posterior"]["scale"].values).reshape(shape),
+        "log_likelihood": torch.as_tensor(idata["log_likelihood"]["y"].values).reshape(shape),
+        "draws": torch.as_tensor(idata["posterior_predictive"]["y"].values).reshape(shape),
     }
 
 
+def mean_log_density(log_likelihood: Tensor) -> Tensor:
+    """Of the mixture of all draws of all members: (settings, splits)."""
+    count = log_likelihood.shape[0] * log_likelihood.shape[2]
+    return (log_likelihood.logsumexp((0, 2)) - math.log(count)).mean(-1)
+
+
 # %% [markdown]
-# ## The factor of the KL term, from validation data
+# ## Two hyperparameters, from validation data
 #
 # Variational inference with a fully factorised posterior underfits small networks. A factor before
-# the KL term, common practice, mends that; which one is chosen for each split by the log density
-# of a fifth of its *training* data that is held out. Then the model is fitted anew on all the
-# training data, with the chosen factor, and meets the test data once.
+# the KL term, common practice, mends that: the *temperature*. Such a cold posterior is too sure
+# of itself, and the noise that it learns is that of the training data, which it fits too well. So
+# the noise of predictions gets a factor too, which needs no fit of its own.
+#
+# Both are chosen for each split by the log density of a fifth of its *training* data that is held
+# out. Then the model is fitted anew on all the training data, and meets the test data once.
 
 
 # %%
@@ -242,34 +268,67 @@ def arrays(data: Splits, rows: list[np.ndarray], basis: list[np.ndarray]) -> lis
     return [torch.as_tensor(np.array(a), dtype=torch.float32) for a in (xs, ys, units)]
 
 
-def choose(data: Splits, method: str, hetero: bool) -> tuple[Tensor, float]:
-    """The best factor for each split, and the seconds it took to find."""
+def repeat(times: int, *tensors: Tensor) -> list[Tensor]:
+    return [t.repeat(times, *[1] * (t.dim() - 1)) for t in tensors]
+
+
+def choose(data: Splits, method: str, hetero: bool) -> tuple[Tensor, Tensor, float]:
+    """The best temperature and noise factor for each split, and the seconds it took."""
     rng = np.random.default_rng(args.seed)
     orders = [rng.permutation(t) for t in data.train]
     cut = round(0.8 * len(orders[0]))
     part, held = [o[:cut] for o in orders], [o[cut:] for o in orders]
-    times = len(TEMPERATURES)
-    x, y, _ = (t.repeat(times, *[1] * (t.dim() - 1)) for t in arrays(data, part, part))
-    x_val, y_val, unit = (
-        t.repeat(times, *[1] * (t.dim() - 1)) for t in arrays(data, held, part)
-    )  # fmt: skip
-    temperature = torch.tensor(TEMPERATURES).repeat_interleave(len(part))
+    times = len(TEMPERATURES) * args.members
+    x, y = repeat(times, *arrays(data, part, part)[:2])
+    x_held, y_held = repeat(times, *arrays(data, held, part)[:2])
+    temperature = torch.tensor(TEMPERATURES).repeat_interleave(args.members * len(part))
     model = Model(x.shape[-1], x.shape[1], temperature, hetero)
     found = fit(model, x, y, method, f"{data.name}, choice")
-    ll = score(found, x_val, y_val, unit)["LL"].reshape(times, -1)
-    return torch.tensor(TEMPERATURES)[torch.as_tensor(ll.argmax(0))], found.seconds
+    draws = predict(found, x_held, y_held, len(part))
+    truth = y_held[: len(part)]
+    scores = torch.stack(  # (temperatures, factors, splits)
+        [
+            mean_log_density(dist.Normal(draws["mean"], f * draws["scale"]).log_prob(truth))
+            for f in NOISE_FACTORS
+        ],
+        dim=1,
+    )
+    best = scores.flatten(0, 1).argmax(0)
+    which, factor = best // len(NOISE_FACTORS), best % len(NOISE_FACTORS)
+    return (
+        torch.tensor(TEMPERATURES)[which],
+        torch.tensor(NOISE_FACTORS)[factor],
+        found.seconds,
+    )
 
 
 def evaluate(data: Splits, method: str, hetero: bool) -> dict:
-    temperature, seconds = choose(data, method, hetero)
+    temperature, factor, seconds = choose(data, method, hetero)
     x, y, _ = arrays(data, data.train, data.train)
-    found = fit(Model(x.shape[-1], x.shape[1], temperature, hetero), x, y, method, data.name)
+    x, y = repeat(args.members, x, y)
+    model = Model(x.shape[-1], x.shape[1], temperature.repeat(args.members), hetero)
+    found = fit(model, x, y, method, data.name)
+    model.noise_factor = factor.repeat(args.members)
     scores = score(found, *arrays(data, data.test, data.train))
     return {
         **{name: values.tolist() for name, values in scores.items()},
         "temperature": temperature.tolist(),
+        "noise factor": factor.tolist(),
         "seconds": found.seconds,
         "seconds of choice": seconds,
+    }
+
+
+def score(found: Fit, x: Tensor, y: Tensor, unit: Tensor) -> dict[str, np.ndarray]:
+    """Scores of each split; ``unit`` (splits,) is what 1 of the standardised target stands for."""
+    draws = predict(found, *repeat(args.members, x, y), len(x))
+    samples = draws["draws"].transpose(1, 2).flatten(0, 2).numpy()  # (draws * members, splits, N)
+    truth, scale = y.numpy(), unit.numpy()
+    return {
+        "LL": (mean_log_density(draws["log_likelihood"])[0] - unit.log()).numpy(),
+        "RMSE": scale * np.sqrt(((draws["mean"].mean((0, 1, 2)).numpy() - truth) ** 2).mean(-1)),
+        "CRPS": scale * crps_ensemble(samples, truth, reduction="none").mean(-1),
+        "coverage": interval_coverage(samples, truth, 0.9, reduction="none").mean(-1),
     }
 
 

@@ -8,6 +8,7 @@ from pyro_flipout.infer.estimators import ESTIMATORS
 from pyro_flipout.infer.exploration import Exploration
 from pyro_flipout.infer.flip_es import FlipES
 from pyro_flipout.infer.gradient_variance import gradient_variance
+from pyro_flipout.infer.mean_field_elbo import MeanFieldELBO
 from pyro_flipout.infer.tempering import TemperMessenger, tempered
 from pyro_flipout.infer.variance_decomposition import decompose_variance
 from pyro_flipout.infer.variance_plot import plot_gradient_variance
@@ -17,6 +18,7 @@ __all__ = [
     "AutoMeanField",
     "Exploration",
     "FlipES",
+    "MeanFieldELBO",
     "TemperMessenger",
     "decompose_variance",
     "gradient_variance",

@@ -17,7 +17,7 @@ from torch.distributions import Distribution, register_kl
 
 from pyro_flipout.poutine.symmetric_draw import is_real
 
-__all__ = ["Family", "Image", "Noise", "Slot", "check_family", "keep_delta", "standard"]
+__all__ = ["Family", "Image", "Noise", "Slot", "check_family", "keep_delta", "keeping", "standard"]
 
 Family = Callable[[Tensor, Tensor], Any]
 """A distribution class with location and scale, or anything else that makes an instance of one."""
@@ -126,7 +126,8 @@ class _KeepsDelta:
 
 
 @functools.cache
-def _keeping(cls: type) -> type:
+def keeping(cls: type) -> type:
+    """The version of a family that :func:`keep_delta` makes its members."""
     # A subclass, so that registered KL divergences and centres are found for it.
     return types.new_class(
         cls.__name__,
@@ -142,7 +143,7 @@ def keep_delta(fn: Any, slot: Slot) -> Any:
     :param slot: its noise.
     """
     cls: Any = type(fn)
-    fn.__class__ = _keeping(cls)
+    fn.__class__ = keeping(cls)
     fn._slot = slot
     return fn
 

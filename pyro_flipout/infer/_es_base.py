@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_flipout.infer._es_population import MemberDraw, Population, sign_sums
 from pyro_flipout.nn.choice import Chosen
-from pyro_flipout.nn.noise import _put
+from pyro_flipout.nn.noise import put_weight
 from pyro_flipout.signs import paired_signs
 from pyro_flipout.tensor import FlipoutTensor, Term
 
@@ -119,7 +119,7 @@ class Base:
                 center + delta, center, (Term(delta, (draw,)),), self.population
             )
             for path, attr in weight.uses:
-                _put(self.module.get_submodule(path), attr, flipped, undo)
+                put_weight(self.module.get_submodule(path), attr, flipped, undo)
         return undo[::-1]
 
     def member(self, number: int) -> dict[str, Tensor]:

@@ -14,23 +14,26 @@ from torch import Tensor
 __all__ = ["block_of", "count_rows", "join"]
 
 
-def count_rows(args: Any, num_members: int, example_dim: int) -> int:
+def count_rows(args: Any, num_owners: int, example_dim: int, caller: str, owner: str) -> int:
     """Number of rows of the data, from the first tensor among the arguments.
 
-    :raises ValueError: if there is none, or if the members cannot have equally many.
+    :param num_owners: how many members or environments the rows belong to.
+    :param caller: the class, for the messages.
+    :param owner: ``"member"`` or ``"environment"``, likewise.
+    :raises ValueError: if there is none, or if the owners cannot have equally many.
     """
     data = next((t for t in _tensors(args) if t.dim() > example_dim), None)
     if data is None:
         raise ValueError(
-            f"FlipES.perturb: no argument of the module is a tensor with a dimension {example_dim} "
+            f"{caller}: no argument of the module is a tensor with a dimension {example_dim} "
             "that counts rows"
         )
     rows = data.size(example_dim)
-    if rows == 0 or rows % num_members:
+    if rows == 0 or rows % num_owners:
         raise ValueError(
-            f"FlipES.perturb: got data of shape {tuple(data.shape)} with {rows} rows in dimension "
-            f"{example_dim}, expected a multiple of num_members={num_members}; for k rows for each "
-            "member, repeat_interleave(k): row i belongs to member i // k"
+            f"{caller}: got data of shape {tuple(data.shape)} with {rows} rows in dimension "
+            f"{example_dim}, expected a positive multiple of the {num_owners} {owner}s; for k rows "
+            f"for each {owner}, repeat_interleave(k): row i belongs to {owner} i // k"
         )
     return rows
 

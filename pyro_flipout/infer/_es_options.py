@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_flipout project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Options of :class:`~pyro_flipout.infer.FlipES`."""
+"""Checks of the options of FlipES and Exploration, and the weights that they mean."""
 
 from __future__ import annotations
 
@@ -13,26 +13,36 @@ from pyro_flipout.infer._es_base import NOISE, Perturbed
 from pyro_flipout.infer._es_fitness import SHAPINGS
 from pyro_flipout.nn.choice import Chosen, Pattern, choose
 
-__all__ = ["check_options", "perturbed"]
+__all__ = ["check_noise", "check_options", "perturbed"]
 
 
-def check_options(
-    num_bases: int, distribution: str, fitness_shaping: str, weight_decay: float, example_dim: int
-) -> None:
+def check_options(num_bases: int, fitness_shaping: str, weight_decay: float) -> None:
+    """Checks the options that FlipES alone has.
+
+    :raises ValueError: if one is out of range.
+    """
     if isinstance(num_bases, bool) or not isinstance(num_bases, int) or num_bases < 1:
         raise ValueError(f"FlipES: got num_bases={num_bases!r}, expected an integer >= 1")
-    if distribution not in NOISE:
-        raise ValueError(
-            f"FlipES: got distribution={distribution!r}, expected one of {list(NOISE)}"
-        )
     if fitness_shaping not in SHAPINGS:
         raise ValueError(
             f"FlipES: got fitness_shaping={fitness_shaping!r}, expected one of {list(SHAPINGS)}"
         )
     if not 0 <= weight_decay < float("inf"):
         raise ValueError(f"FlipES: got weight_decay={weight_decay}, expected a number >= 0")
+
+
+def check_noise(distribution: str, example_dim: int, caller: str) -> None:
+    """Checks the options that both have.
+
+    :param caller: the class, for the message.
+    :raises ValueError: if one is out of range.
+    """
+    if distribution not in NOISE:
+        raise ValueError(
+            f"{caller}: got distribution={distribution!r}, expected one of {list(NOISE)}"
+        )
     if isinstance(example_dim, bool) or not isinstance(example_dim, int) or example_dim < 0:
-        raise ValueError(f"FlipES: got example_dim={example_dim!r}, expected an integer >= 0")
+        raise ValueError(f"{caller}: got example_dim={example_dim!r}, expected an integer >= 0")
 
 
 def perturbed(
@@ -40,40 +50,42 @@ def perturbed(
     sigma: float | Mapping[Pattern, float],
     hide: Iterable[Pattern] | None,
     expose: Iterable[Pattern] | None,
+    caller: str,
 ) -> list[Perturbed]:
     """The chosen parameters, each with the standard deviation of its group.
 
+    :param caller: the class, for the messages.
     :raises ValueError: if a group means no parameter, or a parameter has no group.
     """
-    groups = _groups(sigma)
-    chosen = _chosen(module, hide, expose)
+    groups = _groups(sigma, caller)
+    chosen = _chosen(module, hide, expose, caller)
     for pattern in groups:
         if not any(_means(pattern, each) for each in chosen):
             raise ValueError(
-                f"FlipES: sigma has a group {pattern!r}, which means none of the parameters "
+                f"{caller}: sigma has a group {pattern!r}, which means none of the parameters "
                 f"{[each.name for each in chosen[:4]]}"
             )
-    return [Perturbed.of(each, _sigma(each, groups)) for each in chosen]
+    return [Perturbed.of(each, _sigma(each, groups, caller)) for each in chosen]
 
 
-def _groups(sigma: float | Mapping[Pattern, float]) -> Mapping[Pattern, float]:
+def _groups(sigma: float | Mapping[Pattern, float], caller: str) -> Mapping[Pattern, float]:
     groups: Mapping[Pattern, float] = sigma if isinstance(sigma, Mapping) else {"*": sigma}
     for pattern, value in groups.items():
         if not 0 < value < float("inf"):
             raise ValueError(
-                f"FlipES: got sigma={value} for {pattern!r}, expected a finite number > 0; "
+                f"{caller}: got sigma={value} for {pattern!r}, expected a finite number > 0; "
                 "leave weights out with hide"
             )
     return groups
 
 
-def _sigma(chosen: Chosen, groups: Mapping[Pattern, float]) -> float:
+def _sigma(chosen: Chosen, groups: Mapping[Pattern, float], caller: str) -> float:
     """The standard deviation of the first group that means a parameter."""
     for pattern, value in groups.items():
         if _means(pattern, chosen):
             return value
     raise ValueError(
-        f"FlipES: no group of sigma means '{chosen.name}'; add a last group '*', or leave it out "
+        f"{caller}: no group of sigma means '{chosen.name}'; add a last group '*', or leave it out "
         f"with hide=['{chosen.name}']"
     )
 
@@ -83,7 +95,10 @@ def _means(pattern: Pattern, chosen: Chosen) -> bool:
 
 
 def _chosen(
-    module: nn.Module, hide: Iterable[Pattern] | None, expose: Iterable[Pattern] | None
+    module: nn.Module,
+    hide: Iterable[Pattern] | None,
+    expose: Iterable[Pattern] | None,
+    caller: str,
 ) -> list[Chosen]:
-    chosen = choose(module, hide, expose, "FlipES")
+    chosen = choose(module, hide, expose, caller)
     return [each for each in chosen if each.parameter.requires_grad] or chosen

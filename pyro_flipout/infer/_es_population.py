@@ -27,6 +27,15 @@ class MemberSigns(Signs):
         super().__init__(codes, num_members, dtype)
         self.rows = rows
 
+    @property
+    def multiple(self) -> int:
+        """The rows of a block of members."""
+        return self.block * self.rows
+
+    def cut(self, which: slice) -> Signs:
+        """The signs of the rows ``which.start`` to ``which.stop``, all those of their members."""
+        return super().cut(slice(which.start // self.rows, which.stop // self.rows))
+
     def times(self, x: Tensor, example_dim: int, dim: int, out: Tensor | None = None) -> Tensor:
         """``x`` of size N * k in ``example_dim``, times the signs of its rows' members."""
         out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
@@ -39,6 +48,16 @@ class MemberSigns(Signs):
         apart = self._apart(x, example_dim), example_dim, dim + (dim > example_dim)
         super().add_times(self._apart(out, example_dim), *apart)
         return out
+
+    def add_scaled(self, out: Tensor, vector: Tensor, example_dim: int, dim: int) -> Tensor:
+        """``out + vector * signs``, in place of ``out``; ``vector`` ``(d,)`` lies along ``dim``."""
+        apart = self._apart(out, example_dim)
+        super().add_scaled(apart, vector, example_dim, dim + (dim > example_dim))
+        return out
+
+    def sum_times(self, x: Tensor) -> Tensor:
+        """The sum over the rows of ``x`` ``(N * k, d)`` times their members' signs, ``(d,)``."""
+        return super().sum_times(self._apart(x, 0).sum(1))
 
     def _apart(self, x: Tensor, example_dim: int) -> Tensor:
         apart: Tensor = x.unflatten(example_dim, (self.num_examples, self.rows))  # a view
@@ -61,6 +80,11 @@ class Population(Execution):
         if rows != self.num_examples:
             self.num_examples = rows
             self._signs.clear()
+
+    @property
+    def is_single(self) -> bool:
+        """False: a member on its own has signs as any other."""
+        return False
 
     @property
     def rows(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_flipout.infer._es_base import NOISE, Base
 from pyro_flipout.infer._es_calls import count_rows
-from pyro_flipout.infer._es_options import check_options, perturbed
+from pyro_flipout.infer._es_options import check_noise, perturbed
 from pyro_flipout.infer._es_population import MemberSigns, Population
 from pyro_flipout.nn.choice import Pattern
 from pyro_flipout.signs import Signs, paired_signs
@@ -35,9 +35,10 @@ def _scatter(start: int, count: int) -> Tensor:
 class Exploration:
     r"""Acts with :math:`W_n = W + \Delta W \circ r_n s_n^\top` in environment n.
 
-    A policy lives until its environment is resampled: signs are functions of its number, and a
-    resampled environment gets one that no other has had. It follows the weights of the module
-    as they are trained.
+    A policy is held, whatever the number of calls, until :meth:`resample` gives its environment
+    another: signs are functions of its number, and a resampled environment gets one that no
+    other has had. It follows the weights of the module as they are trained. A recurrent
+    module takes and returns its state as always; start it anew where an episode ended.
 
     >>> policy = nn.Linear(3, 2)
     >>> explore = Exploration(policy, sigma=0.1, num_envs=4, seed=0)
@@ -68,11 +69,11 @@ class Exploration:
         example_dim: int = 0,
         seed: int | None = None,
     ) -> None:
-        check_options(1, distribution, "none", 0.0, example_dim)
-        if num_envs < 1:
-            raise ValueError(f"Exploration: got num_envs={num_envs}, expected an integer >= 1")
+        check_noise(distribution, example_dim, "Exploration")
+        if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
+            raise ValueError(f"Exploration: got num_envs={num_envs!r}, expected an integer >= 1")
         self.module, self.num_envs, self.example_dim = module, num_envs, example_dim
-        self.weights = perturbed(module, sigma, hide, expose)
+        self.weights = perturbed(module, sigma, hide, expose, "Exploration")
         self.noise, self._next = NOISE[distribution], 0
         self._seeds = torch.Generator()
         self._seeds.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
@@ -107,9 +108,14 @@ class Exploration:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns with every environment's own weights, without gradients.
 
-        Data of N * k rows give k rows to each environment: row i belongs to ``i // k``.
+        Data of N * k rows give k rows to each environment: row i belongs to ``i // k``. With
+        ``num_envs=1`` all the rows share one policy.
+
+        :raises ValueError: if the rows of the data are no positive multiple of N.
         """
-        rows = count_rows((args, kwargs), self.num_envs, self.example_dim)
+        rows = count_rows(
+            (args, kwargs), self.num_envs, self.example_dim, "Exploration", "environment"
+        )
         undo = self._base.put(rows)
         try:
             return self.module(*args, **kwargs)
@@ -118,7 +124,16 @@ class Exploration:
                 step()
 
     def policy(self, number: int) -> dict[str, Tensor]:
-        """The weights that an environment acts with, by name."""
+        """The weights that an environment acts with, by name.
+
+        :param number: of the environment, from 0 to N - 1.
+        :raises IndexError: if there is no such environment.
+        """
+        if not 0 <= number < self.num_envs:
+            raise IndexError(
+                f"Exploration.policy: got {number}, expected an environment from 0 to "
+                f"{self.num_envs - 1}"
+            )
         return self._base.member(int(self._population.own[number]))
 
 
@@ -154,3 +169,4 @@ class _PolicySigns(MemberSigns):
 
     def __init__(self, dense: Tensor, rows: int) -> None:
         self.low, self.high, self.num_examples, self.rows = dense, None, len(dense), rows
+        self.block = 1

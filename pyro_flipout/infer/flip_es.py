@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from pyro_flipout.infer._es_base import NOISE, Base
 from pyro_flipout.infer._es_calls import block_of, count_rows, join
 from pyro_flipout.infer._es_fitness import SHAPINGS, checked_fitness
-from pyro_flipout.infer._es_options import check_options, perturbed
+from pyro_flipout.infer._es_options import check_noise, check_options, perturbed
 from pyro_flipout.infer._es_population import Population
 from pyro_flipout.nn.choice import Pattern
 
@@ -66,7 +66,7 @@ class FlipES:
         keeps the estimate unbiased; ``"none"`` is the equation as it stands; ``"normalize"``
         divides by the standard deviation of the fitness as well; ``"rank"`` replaces the fitness
         by ranks from -1/2 to 1/2 [2].
-    :param weight_decay: factor of the weights that is added to the gradient.
+    :param weight_decay: factor of the perturbed weights that is added to their gradient.
     :param hide: parameters without perturbation: names of parameters or modules, in which ``*``
         stands for anything, or module classes. Where some parameters require gradients and
         others do not, those that do not have none either.
@@ -101,9 +101,10 @@ class FlipES:
         keep_draws: bool = True,
         seed: int | None = None,
     ) -> None:
-        check_options(num_bases, distribution, fitness_shaping, weight_decay, example_dim)
+        check_options(num_bases, fitness_shaping, weight_decay)
+        check_noise(distribution, example_dim, "FlipES")
         self.module = module
-        self.weights = perturbed(module, sigma, hide, expose)
+        self.weights = perturbed(module, sigma, hide, expose, "FlipES")
         self.num_bases, self.noise = num_bases, NOISE[distribution]
         self.antithetic, self.keep_draws = antithetic, keep_draws
         self.fitness_shaping, self.weight_decay = fitness_shaping, weight_decay
@@ -171,7 +172,9 @@ class FlipES:
         return evaluate
 
     def _blocks(self, forward: Any, args: Any, kwargs: Any) -> Any:
-        rows = count_rows((args, kwargs), self.num_members, self.example_dim)
+        rows = count_rows(
+            (args, kwargs), self.num_members, self.example_dim, "FlipES.perturb", "member"
+        )
         size, outs = rows // len(self._bases), []
         for m, base in enumerate(self._bases):
             part = args, kwargs

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyro_flipout.errors import warn
 from pyro_flipout.tensor import Execution, flip
 
-__all__ = ["NOISE", "Noise", "WeightNoise", "hook_of"]
+__all__ = ["NOISE", "Noise", "WeightNoise", "hook_of", "put_weight"]
 
 _UNDO = "_weight_noise_undo"
 
@@ -118,7 +118,7 @@ class WeightNoise:
             noisy = flip(noisy, weight, delta, site=name, execution=execution)
         for owner, attr in owners:
             if attr not in vars(owner):
-                _put(owner, attr, noisy, undo)
+                put_weight(owner, attr, noisy, undo)
 
     def _share(self, site: str, reason: str) -> None:
         self._shared.add(site)
@@ -135,7 +135,14 @@ class WeightNoise:
             del vars(module)[_UNDO]
 
 
-def _put(owner: nn.Module, attr: str, noisy: Tensor, undo: list[Callable[[], None]]) -> None:
+def put_weight(owner: nn.Module, attr: str, noisy: Tensor, undo: list[Callable[[], None]]) -> None:
+    """Puts a tensor in the place of a parameter, which itself is left alone.
+
+    :param owner: the module that has the parameter.
+    :param attr: its name there.
+    :param noisy: the tensor, of the parameter's shape.
+    :param undo: gets what takes it out again, to be called last first.
+    """
     vars(owner)[attr] = noisy
     undo.append(lambda: vars(owner).pop(attr, None))
     if isinstance(owner, nn.RNNBase):

@@ -377,9 +377,13 @@ def _strip(fn: Any) -> list[Draw]:
                 if isinstance(item, FlipoutTensor):
                     draws += item.draws
                     vars(obj)[name] = item.plain
-                else:
+                elif type(item) not in _PLAIN:
                     todo.append(item)
     return draws
+
+
+_PLAIN = frozenset({torch.Tensor, torch.Size, type(None), bool, int, float, str})
+"""Of the attributes of a distribution, those that cannot hold a flipped weight."""
 
 
 def _plain_in_traces(msg: Message) -> None:

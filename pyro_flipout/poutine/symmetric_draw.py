@@ -308,6 +308,7 @@ class _GuideGraph:
 
     def __init__(self, trace: Trace) -> None:
         self.draws: dict[Any, str] = {}
+        self._bare: set[Any] = set()  # autograd nodes that no draw is upstream of
         sites = [(str(n), node) for n, node in trace.nodes.items() if node["type"] == "sample"]
         for name, node in sites:
             grad_fn = getattr(node["value"], "grad_fn", None)
@@ -324,11 +325,13 @@ class _GuideGraph:
         found, seen = set(), set()
         while todo:
             step = todo.pop()
-            if step not in seen:
+            if step not in seen and step not in self._bare:
                 seen.add(step)
                 if step in self.draws:
                     found.add(self.draws[step])
                 todo += [parent for parent, _ in step.next_functions if parent is not None]
+        if not found:
+            self._bare |= seen
         return found
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_flipout.rules._cells import Cell
-from pyro_flipout.rules._signed import Part, Product, SignPair
+from pyro_flipout.rules._signed import Part, Product, SignPair, StepProduct
 
 __all__ = ["Backward", "Plan", "run_forward"]
 
@@ -78,7 +78,8 @@ def run_forward(
 ) -> tuple[Tensor | None, ...]:
     """Arguments and results are those of :class:`~pyro_flipout.rules._scan.Scan`."""
     cell = plan.cell
-    from_input, from_state, *projection = plan.products(matrices)
+    from_input, *others = plan.products(matrices)
+    from_state, *projection = (StepProduct(product) for product in others)
     h, c = h0.clone(), None if c0 is None else c0.clone()
     gates = h.new_empty(len(x), b_ih.size(1))
     before, after = (h.new_empty(len(x), h.size(1)) for _ in range(2))
@@ -90,10 +91,10 @@ def run_forward(
             h_before.copy_(h[:n])
             gate += b_ih[:n]
             hidden = gate if b_hh is None else b_hh[:n].clone()
-            from_state.add_step(hidden, h_before)
+            from_state.add(hidden, h_before)
             new = cell.forward(gate, hidden, h_before, None if c is None else c[:n], *kept)
             if projection:
-                projection[0].add_step(h_after.zero_(), new)
+                projection[0].add(h_after.zero_(), new)
             else:
                 h_after.copy_(new)
             h[:n] = h_after
@@ -111,7 +112,8 @@ class Backward:
     def __init__(self, plan: Plan, matrices: Sequence[Tensor], dh: Tensor, dc: Tensor) -> None:
         self.plan = plan
         self.products = plan.products(matrices)
-        self.transposes = [product.transpose for product in self.products]
+        self.to_input, *others = (product.transpose for product in self.products)
+        self.to_state, *self.to_output = (StepProduct(product) for product in others)
         self.dh, self.dc = dh, dc
         shape = len(dh), plan.cell.num_gates * dc.size(1)
         self.db_ih = dh.new_zeros(shape)
@@ -139,21 +141,20 @@ class Backward:
                 data.append((self.plan.cell.output(gate_block, *saved), d_new))
             self._add_grads(sizes, data)
             if dx is not None:
-                self.transposes[0].put_block(dx_block, d_input, sizes)
+                self.to_input.put_block(dx_block, d_input, sizes)
 
     def _steps(self, sizes: Sequence[int], *block: Tensor) -> None:
-        _, to_state, *to_output = self.transposes
         for n, d_new, d_in, d_hid, *kept in reversed(self.plan.steps(sizes, *block)):
             dh = self.dh[:n]
             d_new += dh
-            if to_output:
+            if self.to_output:
                 d_output = d_new.new_zeros(n, self.dc.size(1))
-                to_output[0].add_step(d_output, d_new)
+                self.to_output[0].add(d_output, d_new)
                 dh.zero_()
             else:
                 d_output = dh.copy_(d_new)
             self.plan.cell.backward(d_output, self.dc[:n], d_in, d_hid, *kept)
-            to_state.add_step(dh, d_hid)
+            self.to_state.add(dh, d_hid)
             self.db_ih[:n] += d_in
             if self.db_hh is not None:
                 self.db_hh[:n] += d_hid

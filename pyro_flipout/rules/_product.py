@@ -15,7 +15,7 @@ weight for each example, and broadcast against the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -91,7 +91,13 @@ Placed = tuple[Signs, int, int]
 
 
 class _FlippedProduct(torch.autograd.Function):
-    """``f(x, C) + bias + R ∘ f(x ∘ S, Δ)``, saving x, C and Δ and nothing of x's size more."""
+    """``f(x, C) + b + R ∘ f(x ∘ S, Δ) + T ∘ β``, saving x, C and Δ and nothing of x's size more.
+
+    The bias has the centre b and the perturbation β with signs T, or b alone.
+
+    The flipped half runs over a few examples at a time: their flipped data and its product are
+    still in the cache when they are read again, and take no memory of the data's size.
+    """
 
     @staticmethod
     def forward(
@@ -100,32 +106,108 @@ class _FlippedProduct(torch.autograd.Function):
         center: Tensor,
         delta: Tensor,
         bias: Tensor | None,
+        bias_delta: Tensor | None,
         kernel: Kernel,
         into_data: Placed | None,
         into_out: Placed | None,
+        of_bias: Placed | None,
     ) -> Tensor:
         ctx.save_for_backward(data, center, delta)
         ctx.kernel, ctx.into_data, ctx.into_out = kernel, into_data, into_out
-        out = kernel.forward(data, center, bias)
-        flipped = kernel.forward(_flip(data, into_data), delta, None)
-        if into_out is None:
-            return out.add_(flipped)
-        return into_out[0].add_times(out, flipped, *into_out[1:])
+        ctx.of_bias = of_bias
+        out = kernel.forward(data, center, bias if of_bias is None else None)
+        for rows, before, after, of in _chunks(data, out, into_data, into_out, of_bias):
+            flipped = kernel.forward(_flip(data[rows], before), delta, None)
+            if after is None:
+                out[rows].add_(flipped)
+            else:
+                after[0].add_times(out[rows], flipped, *after[1:])
+            if of is not None and bias is not None and bias_delta is not None:
+                of[0].add_vectors(out[rows], bias, bias_delta, *of[1:])
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         data, center, delta = ctx.saved_tensors
         kernel, need = ctx.kernel, ctx.needs_input_grad
+        grad_bias = grad.transpose(kernel.bias_dim, -1).flatten(0, -2).sum(0) if need[3] else None
+        grad_beta = _grad_of_bias_delta(grad, ctx.of_bias) if need[4] else None
         grad_data, grad_center = kernel.backward(grad, data, center, (need[0], need[1]))
         grad_delta = None
         if need[0] or need[2]:
-            flipped = _flip(data, ctx.into_data) if need[2] else data
-            flipped_grad = _flip(grad, ctx.into_out)
-            more, grad_delta = kernel.backward(flipped_grad, flipped, delta, (need[0], need[2]))
-            if need[0]:
-                grad_data = grad_data + _flip(more, ctx.into_data)
-        grad_bias = grad.transpose(kernel.bias_dim, -1).flatten(0, -2).sum(0) if need[3] else None
-        return grad_data, grad_center, grad_delta, grad_bias, None, None, None
+            # Writing in place cannot be differentiated again.
+            add = _add_differentiable if torch.is_grad_enabled() else _add_in_chunks
+            grad_data, grad_delta = add(ctx, grad, data, delta, grad_data)
+        return grad_data, grad_center, grad_delta, grad_bias, grad_beta, None, None, None, None
+
+
+def _grad_of_bias_delta(grad: Tensor, placed: Placed) -> Tensor:
+    signs, example_dim, dim = placed
+    others = [d for d in range(grad.dim()) if d not in (example_dim, dim)]
+    summed = grad.sum(others) if others else grad
+    by_example = summed if example_dim < dim else summed.t()  # (N, d)
+    if torch.is_grad_enabled():
+        return flip_signs(by_example, signs, 0, 1).sum(0)
+    return signs.sum_times(by_example)
+
+
+def _add_differentiable(
+    ctx: Any, grad: Tensor, data: Tensor, delta: Tensor, grad_data: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the data, with what the flipped half adds, and of the perturbation."""
+    need = ctx.needs_input_grad
+    flipped = _flip(data, ctx.into_data) if need[2] else data
+    more, grad_delta = ctx.kernel.backward(
+        _flip(grad, ctx.into_out), flipped, delta, (need[0], need[2])
+    )
+    return None if grad_data is None else grad_data + _flip(more, ctx.into_data), grad_delta
+
+
+def _add_in_chunks(
+    ctx: Any, grad: Tensor, data: Tensor, delta: Tensor, grad_data: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """As :func:`_add_differentiable`, a few examples at a time and in place."""
+    need, grad_delta = ctx.needs_input_grad, None
+    for rows, before, after in _chunks(data, grad, ctx.into_data, ctx.into_out):
+        flipped = _flip(data[rows], before) if need[2] else data[rows]
+        more, part = ctx.kernel.backward(
+            _flip(grad[rows], after), flipped, delta, (need[0], need[2])
+        )
+        grad_delta = part if grad_delta is None or part is None else grad_delta.add_(part)
+        if grad_data is None:
+            continue
+        if before is None:
+            grad_data[rows].add_(more)
+        else:
+            before[0].add_times(grad_data[rows], more, *before[1:])
+    return grad_data, grad_delta
+
+
+_CHUNK_BYTES = 2**21
+"""Of the larger one of data and output: about what the caches next to a core hold."""
+
+_WHOLE = slice(None)
+
+
+def _chunks(data: Tensor, out: Tensor, *placed: Placed | None) -> Iterator[tuple[Any, ...]]:
+    """Cuts the examples: yields their rows, and the signs there of each of ``placed``."""
+    signs = [p for p in placed if p is not None]
+    if any(p[1] for p in signs) or data.device.type != "cpu" or not signs:
+        yield _WHOLE, *placed
+        return
+    multiple = max(p[0].multiple for p in signs)
+    size = max(t.nbytes // max(len(t), 1) for t in (data, out))  # of one example
+    step = max(_CHUNK_BYTES // max(size, 1) // multiple, 1) * multiple
+    if len(data) < 2 * step:
+        yield _WHOLE, *placed
+        return
+    for start in range(0, len(data), step):
+        rows = slice(start, min(start + step, len(data)))
+        yield rows, *(_cut(p, rows) for p in placed)
+
+
+def _cut(placed: Placed | None, rows: slice) -> Placed | None:
+    return None if placed is None else (placed[0].cut(rows), *placed[1:])
 
 
 def _flip(x: Tensor, placed: Placed | None) -> Tensor:
@@ -166,9 +248,11 @@ def flipped_product(
     :param out_groups: the same for the surviving dimension and the output.
     :param kernel: the operation with its gradient, where one is written for it: less
         memory and fewer passes than autograd's.
-    :param bias: a plain bias, of all examples; needs ``kernel``.
+    :param bias: shape ``(d,)``, plain or flipped; needs ``kernel``.
     :raises NoRule: if a sign can move neither onto the data nor onto the output.
     """
+    if weight.execution.is_single:
+        return _of_center(apply, kernel, data, weight.plain, bias if bias is None else plain(bias))
     out_example_dim = example_dim if out_example_dim is None else out_example_dim
     out: Tensor | None = None
     for term in weight.terms:
@@ -176,7 +260,9 @@ def flipped_product(
         before = _place(weight.execution, into_data, data, example_dim, groups)
         after = _place(weight.execution, into_out, data, out_example_dim, out_groups)
         if out is None and kernel is not None and max(len(before), len(after)) < 2:
-            out = _fused(kernel, data, weight.center, term.delta, bias, before, after)
+            taken = _take_bias(bias, weight, kernel, data, out_example_dim)
+            bias = bias if taken is None else None
+            out = _fused(kernel, data, weight.center, term.delta, taken or NO_BIAS, before, after)
             continue
         x = data
         for placed in before:
@@ -184,8 +270,41 @@ def flipped_product(
         y = apply(x, term.delta)
         for signs, *dims in after:
             y = flip_signs(y, signs.to(y.dtype), *dims)
-        out = y + (_of_center(apply, kernel, data, weight.center, bias) if out is None else out)
-    return _of_center(apply, kernel, data, weight.center, bias) if out is None else out
+        out = y + (apply(data, weight.center) if out is None else out)
+    out = apply(data, weight.center) if out is None else out
+    if bias is None or kernel is None:
+        return out
+    return torch.add(
+        out, torch.reshape(bias, (-1, *(1,) * (out.dim() - 1 - _bias_dim(kernel, out))))
+    )
+
+
+Bias = tuple[Tensor | None, Tensor | None, Placed | None]
+"""Centre and perturbation of a bias, and the signs of the latter."""
+
+NO_BIAS: Bias = (None, None, None)
+
+
+def _take_bias(
+    bias: Tensor | None, weight: FlipoutTensor, kernel: Kernel, data: Tensor, example_dim: int
+) -> Bias | None:
+    """A bias apart, or ``None`` if it is one that the fused product cannot add."""
+    if not isinstance(bias, FlipoutTensor):
+        return bias, None, None
+    execution, terms = weight.execution, bias.terms
+    if bias.dim() != 1 or bias.execution is not execution or len(terms) > 1:
+        return None
+    if not terms:
+        return bias.center, None, None
+    codes, dim = terms[0].codes, _bias_dim(kernel, data)
+    if len(codes) != 1 or codes[0].shape != bias.shape or dim == example_dim:
+        return None
+    signs = execution.factored_signs(codes[0], data.dtype)
+    return bias.center, terms[0].delta, (signs, example_dim, dim)
+
+
+def _bias_dim(kernel: Kernel, like: Tensor) -> int:
+    return kernel.bias_dim % like.dim()
 
 
 def _fused(
@@ -193,14 +312,15 @@ def _fused(
     data: Tensor,
     center: Tensor,
     delta: Tensor,
-    bias: Tensor | None,
+    bias: Bias,
     before: list[Placed],
     after: list[Placed],
 ) -> Tensor:
-    x, center, delta, bias = _cast(data, center, delta, bias)
-    placed = [(p[0][0].to(x.dtype), *p[0][1:]) if p else None for p in (before, after)]
+    x, center, delta, *biases = _cast(data, center, delta, *bias[:2])
+    signs = before[0] if before else None, after[0] if after else None, bias[2]
+    placed = [p and (p[0].to(x.dtype), *p[1:]) for p in signs]
     with torch.autocast(x.device.type, enabled=False):
-        out: Tensor = _apply(x, center, delta, bias, kernel, *placed)
+        out: Tensor = _apply(x, center, delta, *biases, kernel, *placed)
     return out
 
 
@@ -257,8 +377,9 @@ def per_example(weight: FlipoutTensor, ndim: int, example_dim: int) -> Tensor:
     :returns: tensor of ``ndim`` dimensions, of size N in ``example_dim``, in which the
         weight must be absent or of size 1.
     """
-    center, terms = weight.center, weight.terms
-    out = center
+    if weight.execution.is_single:
+        return weight.plain
+    out, terms = weight.center, weight.terms
     for term in terms:
         codes = [c.reshape((1,) * (ndim - c.dim()) + tuple(c.shape)) for c in term.codes]
         combined = reduce(torch.bitwise_xor, codes)

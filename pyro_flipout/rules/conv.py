@@ -38,11 +38,11 @@ def conv(
     if isinstance(weight, FlipoutTensor):
         dim = find_examples(weight, input, [1, *range(2, input.dim())], op.__name__)
         kernel = _kernel(weight, stride, padding, dilation, groups)
-        fused = None if isinstance(bias, FlipoutTensor) or kernel is None else bias
+        fused = None if kernel is None else bias
         out = flipped_product(
             weight, input, apply, {1: 1}, {0: 1}, dim, groups=groups, kernel=kernel, bias=fused
         )
-        bias = None if fused is not None else bias
+        bias = bias if kernel is None else None
     else:
         out = apply(input, weight)
     return out if bias is None else out + channelwise(bias, spatial)
@@ -113,9 +113,19 @@ def conv_transpose(
     if isinstance(weight, FlipoutTensor):
         dim = find_examples(weight, input, [1, *range(2, input.dim())], op.__name__)
         kernel = _kernel(weight, stride, padding, dilation, groups, output_padding)
+        fused = None if kernel is None else bias
         out = flipped_product(
-            weight, input, apply, {0: 1}, {1: 1}, dim, out_groups=groups, kernel=kernel
+            weight,
+            input,
+            apply,
+            {0: 1},
+            {1: 1},
+            dim,
+            out_groups=groups,
+            kernel=kernel,
+            bias=fused,
         )
+        bias = bias if kernel is None else None
     else:
         out = apply(input, weight)
     return out if bias is None else out + channelwise(bias, spatial)

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flipout.rules._product import Kernel, find_examples, flipped_product, plain
-from pyro_flipout.tensor import FlipoutTensor, NoRule, implements
+from pyro_flipout import kernels
+from pyro_flipout.rules._product import Kernel, _route, find_examples, flipped_product, plain
+from pyro_flipout.tensor import Execution, FlipoutTensor, NoRule, implements
 
 
 @implements(
@@ -31,12 +32,32 @@ def linear(op: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Any =
     dim = find_examples(weight, input, [last], "F.linear") if dim is None else dim
     out_dims = {0: last} if weight.dim() == 2 else {}  # weight (out, in) or (in,)
     in_dim = weight.dim() - 1
-    kernel = LINEAR if weight.dim() == 2 else None
-    fused = None if isinstance(bias, FlipoutTensor) or kernel is None else bias
-    out = flipped_product(
-        weight, input, op, {in_dim: last}, out_dims, dim, kernel=kernel, bias=fused
+    if weight.dim() != 2:
+        out = flipped_product(weight, input, op, {in_dim: last}, out_dims, dim)
+        return out if bias is None else torch.add(out, bias)
+    fused = None if isinstance(bias, FlipoutTensor) else bias
+    in_one = _in_one_kernel(weight, input, fused, dim)
+    if in_one is not None:
+        return in_one if bias is fused else torch.add(in_one, bias)
+    return flipped_product(
+        weight, input, op, {in_dim: last}, out_dims, dim, kernel=LINEAR, bias=bias
     )
-    return out if bias is fused else torch.add(out, bias)
+
+
+def _in_one_kernel(
+    weight: FlipoutTensor, input: Tensor, bias: Tensor | None, dim: int
+) -> Tensor | None:
+    """The product in one fused GPU kernel, ``None`` where library calls should compute it."""
+    # Other executions number the examples in their own way.
+    if not kernels.possible(input) or type(weight.execution) is not Execution:
+        return None
+    center, terms, last = weight.center, weight.terms, input.dim() - 1
+    if len(terms) != 1 or not kernels.available(input, center, terms[0].delta, bias):
+        return None
+    into_data, into_out = (c.get(last) for c in _route(terms[0], {1: last}, {0: last}))
+    return kernels.flipped_linear(
+        input, center, terms[0].delta, bias, into_data, into_out, example_dim=dim
+    )
 
 
 def _linear_backward(
@@ -60,7 +81,7 @@ def _attention_dim(weight: FlipoutTensor, input: Tensor) -> int | None:
     for subclasses. If nothing else in it is flipped, they arrive here one by one.
     """
     frame = sys._getframe(2) if input.dim() == 3 and weight.dim() == 2 else None
-    for _ in range(3):
+    for _ in range(6):  # the frames of the dispatch
         if frame is None:
             return None
         if frame.f_code is _IN_PROJECTION:

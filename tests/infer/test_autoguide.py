@@ -32,7 +32,8 @@ SHAPES = {"0.weight": (4, 3), "0.bias": (4,), "2.weight": (2, 4), "2.bias": (2,)
 
 def setup(sizes=(3, 4, 2), batch=24, **options):
     model = Regression(mlp(sizes), scale=1.0)
-    x, y = torch.randn(batch, sizes[0]), torch.randn(batch, sizes[-1])
+    x = torch.randn(batch, sizes[0])
+    y = 3 * x[:, : sizes[-1]]
     guide = AutoMeanField(model, **{"init_scale": 0.3, **options})
     guide(x, y)
     return model, randomize(guide, 0.2), x, y

@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from pyro_flipout.infer import Exploration, exploration
 from tests.helpers import Z, mlp
-from tests.infer.test_flip_es import POLICIES
+from tests.infer.test_flip_es import POLICIES, StepPolicy
 
 ENVS = 5
 
@@ -62,6 +62,32 @@ def test_only_those_that_ended_change(float64):
     assert not torch.isclose(old.abs(), new.abs()).any()
 
 
+def test_a_recurrent_policy_over_episodes(float64):
+    explore = Exploration(StepPolicy(), {"*.bias*": 0.1, "*": 0.3}, num_envs=ENVS)
+    state, own = torch.zeros(ENVS, 5), torch.zeros(ENVS, 5)
+    for ended in (torch.arange(ENVS) == 1, torch.arange(ENVS) > 2, torch.ones(ENVS) > 0):
+        for x in torch.randn(3, ENVS, 3):
+            out, state = explore(x, state)
+            each = [
+                functional_call(explore.module, explore.policy(n), (x[n], own[n]))
+                for n in range(ENVS)
+            ]
+            expected, own = (torch.stack(part).detach() for part in zip(*each, strict=True))
+            torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
+        explore.resample(ended)
+        state, own = state.masked_fill(ended[:, None], 0), own.masked_fill(ended[:, None], 0)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_one_policy_for_all_rows(rows, float64):
+    explore = Exploration(mlp(), sigma=0.3, num_envs=1)
+    for _ in range(3):
+        x = torch.randn(rows, 4)
+        expected = functional_call(explore.module, explore.policy(0), (x,)).detach()
+        torch.testing.assert_close(explore(x), expected, atol=1e-10, rtol=1e-10)
+        explore.resample(torch.tensor([True]))
+
+
 def test_policies_follow_the_weights(float64):
     explore = Exploration(mlp(), sigma=0.3, num_envs=ENVS)
     moved = explore.policy(2)["0.weight"] - explore.module[0].weight.detach()
@@ -108,11 +134,23 @@ def test_seed_and_errors():
     net = mlp()
     same = [Exploration(net, 0.1, ENVS, seed=3)(x) for _ in range(2)]
     assert torch.equal(*same)
-    with pytest.raises(ValueError, match="num_envs=0"):
-        Exploration(net, 0.1, 0)
+    for options, words in (
+        ({"num_envs": 0}, "num_envs=0"),
+        ({"num_envs": 2.0}, r"num_envs=2\.0"),
+        ({"sigma": -1.0}, r"Exploration: got sigma=-1\.0"),
+        ({"sigma": {"0": 1.0}}, r"Exploration: no group of sigma means '2\.weight'"),
+        ({"distribution": "cauchy"}, "Exploration: got distribution='cauchy'"),
+        ({"example_dim": -1}, "Exploration: got example_dim=-1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Exploration(net, **{"sigma": 0.1, "num_envs": ENVS, **options})
     explore = Exploration(net, 0.1, ENVS)
     with pytest.raises(ValueError, match=r"int64 tensor of shape \(2,\), expected torch.bool .*5"):
         explore.resample(torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="4 rows"):
+    words = r"Exploration: got data .* 4 rows .*multiple of the 5 environments"
+    with pytest.raises(ValueError, match=words):
         explore(x[:4])
+    for number in (-1, ENVS):
+        with pytest.raises(IndexError, match=f"got {number}, expected .* from 0 to 4"):
+            explore.policy(number)
     assert net(x).requires_grad

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyro_flipout import FlipoutError
-from pyro_flipout.infer import FlipES, flip_es
+from pyro_flipout.infer import FlipES, _es_base, flip_es
 from pyro_flipout.infer._es_population import MemberDraw, MemberSigns, sign_sums
 from pyro_flipout.signs import dense_signs, draw_codes
 from tests.helpers import Z, mlp
@@ -119,6 +121,23 @@ def test_explicit_population(policy, rows, num_bases, keep_draws, antithetic, fl
     assert all(p.grad is not None for p in es.module.parameters())
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_single_member(rows, float64):
+    es = FlipES(mlp(), sigma=0.3, fitness_shaping="none")
+    for _ in range(3):
+        es.module.zero_grad()
+        _, members = evaluate(es, torch.randn(rows, 4), 1, rows)
+        es.backward(torch.ones(1))
+        assert_gradients(es, explicit_gradient(es, members, [1.0], 0.3))
+
+
+def test_member_signs_summed_over_rows(float64):
+    signs = MemberSigns(draw_codes((5,)), 40, 3, torch.float64)
+    x = torch.randn(120, 5)
+    expected = (x * signs.times(torch.ones(120, 5), 0, 1)).sum(0)
+    torch.testing.assert_close(signs.sum_times(x), expected)
+
+
 def test_planted_bug_in_the_estimate(float64, monkeypatch):
     # Sums over the wrong members: those of a population without signs for the columns.
     monkeypatch.setattr(MemberDraw, "combined", property(lambda self: self.codes[0]))
@@ -166,6 +185,37 @@ def test_members_keep_their_weights_within_perturb(float64):
     torch.testing.assert_close(two, one.repeat_interleave(2, 0))
     with es.perturb(4):
         assert not torch.allclose(net(x), one)
+
+
+class StepPolicy(nn.Module):
+    """A recurrent policy that is called once a step of an episode."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(3, 5)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x, state):
+        state = self.cell(x, state)
+        return self.head(state), state
+
+
+@pytest.mark.parametrize("num_bases", [1, 2])
+def test_a_recurrent_policy_over_an_episode(num_bases, float64):
+    net, x = StepPolicy(), torch.randn(4, MEMBERS, 3)
+    es = FlipES(net, sigma=0.3, num_bases=num_bases, fitness_shaping="none")
+    state = torch.zeros(MEMBERS, 5)
+    with es.perturb(MEMBERS):
+        for step in x:
+            out, state = net(step, state)
+    members = [es.member(n) for n in range(MEMBERS)]
+    for n, own in enumerate(members):
+        state = torch.zeros(1, 5)
+        for step in x:
+            expected, state = functional_call(net, own, (step[n : n + 1], state))
+        torch.testing.assert_close(out[n : n + 1], expected.detach(), atol=1e-10, rtol=1e-10)
+    es.backward(out[:, 0])
+    assert_gradients(es, explicit_gradient(es, members, out[:, 0], 0.3))
 
 
 # ------------------------------------------------------------------------- statistics
@@ -410,6 +460,56 @@ def test_memory_does_not_grow_with_the_population():
     assert sizes[0] == sizes[1] == ([None] * 4, 4 * (40 + 30 + 30))
 
 
+class Largest(TorchDispatchMode):
+    """Watches for the number of elements of the largest tensor that is made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.size = max([self.size, *(t.numel() for t in tensors)])
+        return out
+
+
+def largest_tensor(num_members, width=128):
+    net = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2))
+    es, x = FlipES(net, sigma=0.1), torch.zeros(num_members, width)
+    with Largest() as largest:
+        with es.perturb(num_members):
+            out = net(x)
+        es.backward(out[:, 0])
+    return largest.size
+
+
+@pytest.mark.parametrize("num_members", [2, 64, 1024])
+def test_no_weights_of_a_member_are_ever_made(num_members):
+    # The largest are a weight, or the data of all members, whichever is larger.
+    assert largest_tensor(num_members) <= 128 * max(128, num_members)
+
+
+def test_planted_bug_in_memory(monkeypatch):
+    def dense(codes, values):
+        signs = dense_signs(codes, len(values), values.dtype)
+        return torch.einsum("n,n...->...", values, signs)
+
+    monkeypatch.setattr(_es_base, "sign_sums", dense)
+    assert largest_tensor(64) >= 64 * 128 * 128
+
+
+def test_draws_made_again_are_the_same():
+    grads = []
+    for keep_draws in (True, False):
+        torch.manual_seed(0)
+        net = mlp()
+        es = FlipES(net, sigma=0.3, num_bases=2, keep_draws=keep_draws, seed=7)
+        with es.perturb(8):
+            out = net(torch.ones(8, 4))
+        es.backward(out.sum(1))
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert torch.equal(*grads)
+
+
 # ------------------------------------------------------------------------------ errors
 
 
@@ -489,7 +589,9 @@ def test_perturb_errors():
     with es.perturb(4):
         with pytest.raises(RuntimeError, match="active already"):
             es.perturb(4).__enter__()
-        with pytest.raises(ValueError, match=r"\(6, 4\) with 6 rows.*multiple of num_members=4"):
+        with pytest.raises(
+            ValueError, match=r"\(6, 4\) with 6 rows.*positive multiple of the 4 members"
+        ):
             es.module(torch.zeros(6, 4))
         with pytest.raises(ValueError, match="no argument of the module is a tensor"):
             es.module(3)

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pyro_flipout.rules import _product
+from pyro_flipout.signs import Signs, draw_codes
 from pyro_flipout.tensor import Draw, Execution, FlipoutTensor, Term
 
 N = 3
@@ -21,28 +23,62 @@ CASES = {
 
 
 def product(op, weight_shape):
-    """A function of data, centre, perturbation and bias, with fixed signs."""
+    """A function of data, weight and bias, the last two by centre and perturbation."""
     execution = Execution()
-    draw = Draw("w", torch.empty(weight_shape), execution)
+    draws = [
+        Draw(name, torch.empty(shape), execution)
+        for name, shape in (("w", weight_shape), ("b", (2,)))
+    ]
 
-    def fn(x, center, delta, bias):
-        term = Term(delta, (draw,))
-        return op(x, FlipoutTensor.build(center + delta, center, (term,), execution), bias)
+    def flipped(draw, center, delta):
+        return FlipoutTensor.build(center + delta, center, (Term(delta, (draw,)),), execution)
+
+    def fn(x, center, delta, bias, beta=None):
+        bias = bias if beta is None else flipped(draws[1], bias, beta)
+        return op(x, flipped(draws[0], center, delta), bias)
 
     return fn
 
 
+@pytest.mark.parametrize("biases", [1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_derivatives(name):
+def test_derivatives(name, biases):
     op, data, weight = CASES[name]
     torch.manual_seed(0)
     inputs = [
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        for shape in (data, weight, weight, (2,))
+        for shape in (data, weight, weight, *[(2,)] * biases)
     ]
     fn = product(op, weight)
     assert torch.autograd.gradcheck(fn, inputs)
     assert torch.autograd.gradgradcheck(fn, inputs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_few_examples_at_a_time_are_all_of_them(name, monkeypatch):
+    """Large mini-batches go through the caches in parts, of 32 examples here."""
+    op, data, weight = CASES[name]
+    inputs = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((75, *data[1:]), weight, weight, (2,), (2,))
+    ]
+    fn, found = product(op, weight), []
+    for size in (2**30, 1):
+        monkeypatch.setattr(_product, "_CHUNK_BYTES", size)
+        out = fn(*inputs)
+        found.append([out, *torch.autograd.grad(out.sin().sum(), inputs)])
+    signs = Signs(draw_codes((3,)), 75, out.dtype)
+    assert len(list(_product._chunks(inputs[0], out, (signs, 0, 1)))) == 3
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(whole, parts)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_example_sees_the_shared_draw(name):
+    op, data, weight = CASES[name]
+    inputs = [torch.randn(shape) for shape in ((1, *data[1:]), weight, weight, (2,), (2,))]
+    x, center, delta, bias, beta = inputs
+    assert torch.equal(product(op, weight)(*inputs), op(x, center + delta, bias + beta))
 
 
 @pytest.mark.parametrize("frozen", range(4))

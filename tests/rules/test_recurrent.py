@@ -437,18 +437,17 @@ def test_low_precision_module(dtype):
 def test_signs_of_their_own_at_each_step_fail_the_oracle(op, label, monkeypatch):
     (check,) = (check for case, name, check in CASES if case is op and name == label)
     check()
-    right = _signed.Product.add_step
+    right = _signed.StepProduct.add
 
     def redrawn(self, y, x):
-        flip_rows = torch.randint(2, (len(x), 1)) * 2.0 - 1
-        parts = [
-            p
-            if p.before is None
-            else _signed.Part(p.matrix, p.before[: len(x)] * flip_rows, p.after)
-            for p in self.parts
+        other = _signed.StepProduct(_signed.Product([]))
+        signs = torch.randint(2, (len(x), 1)) * 2.0 - 1
+        other.parts = [
+            (matrix, None if before is None else before[: len(x)] * signs, after)
+            for matrix, before, after in self.parts
         ]
-        right(_signed.Product(parts), y, x)
+        right(other, y, x)
 
-    monkeypatch.setattr(_signed.Product, "add_step", redrawn)
+    monkeypatch.setattr(_signed.StepProduct, "add", redrawn)
     with pytest.raises(AssertionError):
         check()

@@ -1,0 +1,79 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The mean-field ELBO without the log-densities that closed-form KL terms replace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.poutine as poutine
+from pyro.infer import TraceMeanField_ELBO
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites
+
+__all__ = ["MeanFieldELBO"]
+
+
+class MeanFieldELBO(TraceMeanField_ELBO):
+    r"""``TraceMeanField_ELBO`` that evaluates only the log-densities it needs.
+
+    Pyro's evaluates :math:`\log p` and :math:`\log q` at every site, then replaces those of
+    weights by a closed-form KL divergence. For networks of small mini-batches that waste is a
+    good part of the step. Loss and gradients are the same.
+
+    With Pyro's validation on, as it is by default, all log-densities are evaluated, since it is
+    they that are checked: call ``pyro.enable_validation(False)`` once the model runs.
+
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> from pyro.infer import SVI
+    >>> from pyro_flipout import flipout
+    >>> from pyro_flipout.infer import AutoMeanField
+    >>> def model(x, y):
+    ...     w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+    ...     mean = torch.nn.functional.linear(x, w).squeeze(-1)
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+    >>> optim = pyro.optim.Adam({"lr": 0.01})
+    >>> svi = SVI(flipout(model), AutoMeanField(model), optim, MeanFieldELBO())
+    >>> loss = svi.step(torch.randn(8, 3), torch.randn(8))
+
+    Parameters are those of :class:`~pyro.infer.elbo.ELBO`.
+    """
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        if is_validation_enabled() or isinstance(poutine.unwrap(guide), Messenger):
+            traces: tuple[Trace, Trace] = super()._get_trace(model, guide, args, kwargs)  # type: ignore[no-untyped-call]
+            return traces
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        return _lazy(prune_subsample_sites(model_trace)), _lazy(prune_subsample_sites(guide_trace))
+
+
+class _LazySite(dict[str, Any]):
+    """A site of a trace whose densities are evaluated when they are asked for."""
+
+    trace: Trace
+
+    def __missing__(self, key: str) -> Any:
+        if key == "score_parts":
+            parts = self["fn"].score_parts(self["value"], *self["args"], **self["kwargs"])
+            self[key] = parts.scale_and_mask(self["scale"], self["mask"])
+        elif key in ("log_prob", "log_prob_sum", "unscaled_log_prob"):
+            self.trace.compute_log_prob(lambda name, site: site is self)
+        else:
+            raise KeyError(key)
+        return self[key]
+
+
+def _lazy(trace: Trace) -> Trace:
+    """Makes the sample sites of a trace lazy, in place."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample":
+            lazy = _LazySite(site)
+            lazy.trace = trace
+            trace.nodes[name] = lazy  # type: ignore[assignment]
+    return trace

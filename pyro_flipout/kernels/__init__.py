@@ -1,0 +1,148 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Fused GPU kernels in Triton, and the choice between them and library calls.
+
+Triton is imported when a kernel is first used. Without it everything runs on library calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["available", "flipped_linear", "possible"]
+
+_VARIABLE = "PYRO_FLIPOUT_TRITON"
+_INTERPRETER = "TRITON_INTERPRET" in os.environ  # Triton too reads it only once
+
+
+def possible(x: Tensor) -> bool:
+    """Whether it is worth asking :func:`available`, at no cost where the data are on the CPU."""
+    return x.is_cuda or _INTERPRETER
+
+
+def available(x: Tensor, center: Tensor, delta: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether :func:`flipped_linear` should compute a flipped linear product.
+
+    The environment variable ``PYRO_FLIPOUT_TRITON`` decides: ``0`` never; ``1`` wherever the
+    kernel can; ``auto``, the default, where it can and is expected to be faster than two library
+    calls. It can where Triton is installed, the arguments are plain tensors of float32, float16
+    or bfloat16 on one CUDA device of compute capability 8.0 or later, and nothing traces,
+    compiles or transforms the program (``torch.compile``, ``torch.jit``, ``torch.func``). With
+    ``1`` it also can on the CPU in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
+
+    What ``auto`` expects is an estimate and **not measured on a GPU yet**
+    (``benchmarks/triton_linear.py`` measures it). The kernel spares about 3.5 reads and writes
+    of data and output; it costs the lead of the library's products, taken as a third of the time
+    on tensor cores and all of it on ordinary float32 units. With the ratios of arithmetic to
+    bandwidth of present GPUs it pays while ``K O / (K + O)`` is at most 768 on tensor cores and
+    at most 64 for float32 without TF32.
+
+    :param x: data, shape ``(*, K)``.
+    :param center: shape ``(O, K)``.
+    :param delta: shape ``(O, K)``.
+    :param bias: shape ``(O,)``.
+    :raises ValueError: if the variable has another value.
+    :raises ImportError: if it is ``1``, the data are on a GPU and Triton is not installed.
+    """
+    if not possible(x):
+        return False
+    mode = os.environ.get(_VARIABLE, "auto")
+    if mode not in ("0", "1", "auto"):
+        raise ValueError(f"{_VARIABLE} is {mode!r}, expected 0, 1 or auto")
+    tensors = [t for t in (x, center, delta, bias) if t is not None]
+    if mode == "0" or _transformed() or not _plain(tensors) or not _fit(x, center, delta, bias):
+        return False
+    if not _installed():
+        if mode == "1" and x.is_cuda:
+            raise ImportError(
+                f"{_VARIABLE} is 1, but Triton is not installed; install triton, or set it to auto"
+            )
+        return False
+    dtype = _dtype(tensors)
+    return _runs(x, dtype, mode) and (mode == "1" or _pays(dtype, *center.shape))
+
+
+def flipped_linear(*args: Any, **kwargs: Any) -> Tensor:
+    """:func:`pyro_flipout.kernels.triton_linear.flipped_linear`, imported at the first call."""
+    from pyro_flipout.kernels.triton_linear import flipped_linear as fused
+
+    return fused(*args, **kwargs)
+
+
+def allows_tf32() -> bool:
+    """Whether the user lets float32 matrix products on CUDA use TF32."""
+    matmul: Any = torch.backends.cuda.matmul
+    # Reading `allow_tf32` raises after the precision was set by its newer name.
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32 if precision is None else precision == "tf32")
+
+
+@functools.cache
+def _installed() -> bool:
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        return False
+    return True
+
+
+def _plain(tensors: list[Tensor]) -> bool:
+    """Whether these are strided tensors of one device, and no subclass that wants to know."""
+    return all(
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.layout == torch.strided
+        and t.device == tensors[0].device
+        for t in tensors
+    )
+
+
+def _fit(x: Tensor, center: Tensor, delta: Tensor, bias: Tensor | None) -> bool:
+    return (
+        x.dim() > 1
+        and center.dim() == 2
+        and delta.shape == center.shape
+        and x.shape[-1] == center.shape[1]
+        and (bias is None or bias.shape == center.shape[:1])
+        and x.numel() > 0
+        and center.numel() > 0
+    )
+
+
+def _transformed() -> bool:
+    """Whether the program is traced, compiled or transformed, and would lose the kernel."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _dtype(tensors: list[Tensor]) -> torch.dtype | None:
+    """The dtype of the product, or None if the arguments have several."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensors[0].dtype if len({t.dtype for t in tensors}) == 1 else None
+
+
+def _runs(x: Tensor, dtype: torch.dtype | None, mode: str) -> bool:
+    from pyro_flipout.kernels import _triton
+
+    if _triton.INTERPRETED:  # far too slow but for tests
+        return mode == "1" and dtype in _triton.DTYPES
+    if not x.is_cuda or dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def _pays(dtype: torch.dtype | None, outputs: int, inputs: int) -> bool:
+    tensor_cores = dtype != torch.float32 or allows_tf32()
+    width = inputs * outputs / (inputs + outputs)
+    return width <= (768 if tensor_cores else 64)

@@ -1,0 +1,138 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Launches of the Triton kernels: arguments, grids, and how sums over rows are split."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flipout.kernels import _triton, allows_tf32
+from pyro_flipout.signs import code_bits
+
+
+class Flips(NamedTuple):
+    """Which signs the entries of a row have.
+
+    :ivar into_data: codes of the data's columns, or None.
+    :ivar into_out: codes of the output's columns, or None.
+    :ivar examples: the number N of examples.
+    :ivar rows_each: row ``m`` belongs to example ``m // rows_each % examples``.
+    """
+
+    into_data: Tensor | None
+    into_out: Tensor | None
+    examples: int
+    rows_each: int
+
+    def reversed(self) -> Flips:
+        """Those of the product that takes the output's gradient to the data's."""
+        return self._replace(into_data=self.into_out, into_out=self.into_data)
+
+    def arguments(self) -> dict[str, Any]:
+        """What the kernels need to know."""
+        bits = code_bits(self.examples)
+        return {
+            "in_codes": self.into_data,
+            "out_codes": self.into_out,
+            "rows_each": self.rows_each,
+            "examples": self.examples,
+            "HAS_IN": self.into_data is not None,
+            "HAS_OUT": self.into_out is not None,
+            "BITS": 8 if bits <= 8 else 16 if bits <= 16 else 32,
+        }
+
+
+def product(x: Tensor, center: Tensor, delta: Tensor, bias: Tensor | None, flips: Flips) -> Tensor:
+    """``x centerᵀ + bias + R ∘ ((x ∘ S) deltaᵀ)`` of rows ``x`` (M, K): shape (M, O)."""
+    (m, k), o = x.shape, len(center)
+    out = x.new_empty(m, o)
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        return (-(-m // meta["BM"]) * -(-o // meta["BO"]),)
+
+    arguments = flips.arguments() | _common(x, m, k, o) | _blocks(GROUP=2)
+    strides = (*x.stride(), *center.stride(), *delta.stride(), out.stride(0))
+    names = ("x_m", "x_k", "c_o", "c_k", "d_o", "d_k", "out_m")
+    arguments |= dict(zip(names, strides, strict=True))
+    with _on_device(x):
+        _triton.product[grid](
+            x=x, center=center, delta=delta, bias=bias, out=out, HAS_BIAS=bias is not None,
+            **arguments,
+        )  # fmt: skip
+    return out
+
+
+def weight_grads(
+    grad: Tensor, x: Tensor, flips: Flips, need: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """``gradᵀ x`` and ``(R ∘ grad)ᵀ (x ∘ S)`` of rows ``grad`` (M, O) and ``x`` (M, K)."""
+    (m, k), o = x.shape, grad.shape[1]
+    rows_per_split = _rows_per_split(x, m, k, o)
+    splits = -(-m // rows_per_split)
+    # Sums over parts of the rows are kept apart and added in a fixed order: no atomics.
+    dtype = x.dtype if splits == 1 else _accumulator(x.dtype)
+    center, delta = (x.new_empty(splits, o, k, dtype=dtype) if n else None for n in need)
+
+    def grid(meta: dict[str, int]) -> tuple[int, int]:
+        return -(-o // meta["BO"]) * -(-k // meta["BK"]), splits
+
+    arguments = flips.arguments() | _common(x, m, k, o) | _blocks()
+    names = ("g_m", "g_o", "x_m", "x_k")
+    arguments |= dict(zip(names, (*grad.stride(), *x.stride()), strict=True))
+    with _on_device(x):
+        _triton.weight_grads[grid](
+            grad=grad, x=x, grad_center=center, grad_delta=delta, rows_per_split=rows_per_split,
+            CENTER=need[0], DELTA=need[1], **arguments,
+        )  # fmt: skip
+    return _total(center, x.dtype), _total(delta, x.dtype)
+
+
+def _total(parts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if parts is None:
+        return None
+    return parts[0] if len(parts) == 1 else parts.sum(0).to(dtype)
+
+
+def _rows_per_split(x: Tensor, m: int, k: int, o: int) -> int:
+    """Rows that one program sums over, so few weights still keep every processor busy."""
+    block, processors = (16, 4) if _triton.INTERPRETED else (64, _processors(x.device))
+    programs = -(-k // block) * -(-o // block)
+    splits = min(max(2 * processors // programs, 1), -(-m // (4 * block)))
+    return -(-m // (splits * block)) * block
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _common(x: Tensor, m: int, k: int, o: int) -> dict[str, Any]:
+    """What both kernels are told of the sizes and of the precision."""
+    tf32 = x.dtype == torch.float32 and allows_tf32()
+    return {
+        "M": m,
+        "K": k,
+        "OUT": o,
+        "bucket": 1 << max(m - 1, 0).bit_length(),  # block shapes are tuned once for each
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "ACC": _triton.DTYPES[_accumulator(x.dtype)],
+        # The interpreter keeps bfloat16 as integers and would multiply those.
+        "UPCAST": _triton.INTERPRETED,
+    }
+
+
+def _blocks(**more: int) -> dict[str, int]:
+    return {**_triton.SMALL, **more} if _triton.INTERPRETED else {}
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    # Triton launches on the current device, whatever the tensors' is.
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
