@@ -121,7 +121,9 @@ class Signs:
 
     def __init__(self, codes: Tensor, num_examples: int, dtype: torch.dtype) -> None:
         self.num_examples = num_examples
-        low_bits = min(code_bits(num_examples) - 1, _LOW_BITS)
+        # A few examples have all their signs in `low`, which takes fewer calls.
+        few = num_examples <= len(_TABLE)
+        low_bits = code_bits(num_examples) - 1 if few else _LOW_BITS
         self.block = 1 << low_bits
         self.low = _looked_up(codes, min(self.block, num_examples), dtype)  # (B, d)
         high = -(-num_examples // self.block)
@@ -142,7 +144,7 @@ class Signs:
     @property
     def multiple(self) -> int:
         """A slice of the examples for :meth:`cut` starts at a multiple of this number."""
-        return self.block
+        return 1 if self.high is None else self.block
 
     def cut(self, which: slice) -> Signs:
         """The signs of the examples ``which.start`` to ``which.stop``."""
@@ -248,7 +250,7 @@ def _looked_up(codes: Tensor, num_examples: int, dtype: torch.dtype) -> Tensor:
     """:func:`dense_signs` of flat codes, in a tenth of the calls for a few examples on the CPU."""
     if codes.device.type != "cpu" or num_examples > len(_TABLE):
         return dense_signs(codes, num_examples, dtype)
-    return _TABLE[:num_examples].to(dtype).index_select(1, codes & 127)
+    return _TABLE[:num_examples].to(dtype).index_select(1, codes & 255)
 
 
 class _Flip(torch.autograd.Function):
@@ -307,6 +309,6 @@ def _bit_range(bits: int, codes: Tensor) -> Tensor:
     return positions.reshape(bits, *(1,) * codes.dim())
 
 
-# The signs of 64 examples for all codes of 7 bits. It is made here and not when first needed,
+# The signs of 128 examples for all codes of 8 bits. It is made here and not when first needed,
 # which may be inside a transform of torch.func, or where tensors are fake.
-_TABLE = dense_signs(torch.arange(128, dtype=torch.int32), 64, torch.float)
+_TABLE = dense_signs(torch.arange(256, dtype=torch.int32), 128, torch.float)

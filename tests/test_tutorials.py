@@ -1,8 +1,10 @@
 # Copyright Contributors to the pyro_flipout project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The reinforcement learning and bandit tutorials run, and the former's sea is Deep Sea."""
+"""The tutorials run, and the sea of one is Deep Sea."""
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -16,10 +18,19 @@ import pytest
 TUTORIALS = Path(__file__).parents[1] / "tutorials"
 
 
-def smoke(script, out, *options):
+def smoke(script, out, *options, warnings="error"):
     """What the script prints in its smoke run, having drawn a figure."""
     run = subprocess.run(
-        [sys.executable, "-W", "error", str(TUTORIALS / script), "--smoke", "--out", out, *options],
+        [
+            sys.executable,
+            "-W",
+            warnings,
+            str(TUTORIALS / script),
+            "--smoke",
+            "--out",
+            out,
+            *options,
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -49,6 +60,33 @@ def test_rl_exploration(stagger, tmp_path):
 def test_bandit(tmp_path):
     printed = smoke("bandit.py", str(tmp_path / "bandit.png"))
     assert len(re.findall(r"^(ε-greedy|Thompson).* \d\.\d+ ± \d", printed, re.M)) == 3
+
+
+@pytest.mark.slow
+def test_uncertainty(tmp_path):
+    printed = smoke(
+        "uncertainty.py",
+        str(tmp_path / "uncertainty.png"),
+        warnings="error:flipout",  # ArviZ and pandas have theirs
+    )
+    assert "loo" in printed.lower()
+
+
+@pytest.mark.slow
+def test_uci_regression(tmp_path):
+    """Draws no figure; writes the scores of every split."""
+    out = tmp_path / "scores.json"
+    run = subprocess.run(
+        [sys.executable, str(TUTORIALS / "uci_regression.py"), "--smoke", "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    scores = json.loads(out.read_text())
+    assert {name.split("/")[2] for name in scores} == {"shared", "flipout"}
+    assert all(math.isfinite(value) for row in scores.values() for value in row["LL"])
 
 
 def deep_sea(num_envs, depth):

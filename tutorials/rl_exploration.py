@@ -418,19 +418,26 @@ def curve(axis: plt.Axes, x: np.ndarray, runs: np.ndarray, label: str, style: st
     axis.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.2, lw=0)
 
 
-figure, axes = plt.subplots(1, 3, figsize=(13, 3.9), width_ratios=[1, 1, 1.6], layout="constrained")
-for axis, (name, runs) in zip(axes, evolved.items(), strict=False):
+widths = [1.0] * len(evolved) + [1.7] * bool(dives)
+figure, axes = plt.subplots(
+    1,
+    len(widths),
+    figsize=(3.6 * sum(widths), 3.9),
+    width_ratios=widths,
+    layout="constrained",
+    squeeze=False,
+)
+for axis, (name, runs) in zip(axes[0], evolved.items(), strict=False):
     curve(axis, args.members * np.arange(runs.shape[1]), runs, "FlipES")
     axis.set(xlabel="episodes of members", ylabel="return without noise")
-    axis.set_title(f"FlipES on {name}, {len(runs)} seeds")
-for (name, runs), style in zip(dives.items(), ("-", "-", "-", "--"), strict=False):
-    greedy = np.array([r.greedy for r in runs])
-    curve(axes[2], args.envs * np.arange(1, greedy.shape[1] + 1), greedy, name, style)
-axes[2].set(xlabel="episodes in all environments", ylabel="greedy return", ylim=(-0.1, 1.05))
-axes[2].set_title(f"DQN on Deep Sea, depth {args.depth}, {args.seeds} seeds")
+    axis.set_title(f"FlipES on {name}, {len(runs)} seeds", fontsize=10)
 if dives:
-    axes[2].legend(frameon=False, loc="upper left", fontsize=8)
-for axis in axes:
-    axis.set_visible(axis.has_data())
+    axis = axes[0, -1]
+    for (name, runs), style in zip(dives.items(), ("-", "-", "-", "--"), strict=False):
+        greedy = np.array([r.greedy for r in runs])
+        curve(axis, args.envs * np.arange(1, greedy.shape[1] + 1), greedy, name, style)
+    axis.set(xlabel="episodes in all environments", ylabel="greedy return", ylim=(-0.05, 1.05))
+    axis.set_title(f"DQN on Deep Sea, depth {args.depth}, {args.seeds} seeds", fontsize=10)
+    axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.06), fontsize=8)
 figure.savefig(args.out, dpi=150)
 print(f"figure: {args.out}")

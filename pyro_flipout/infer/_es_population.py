@@ -30,7 +30,7 @@ class MemberSigns(Signs):
     @property
     def multiple(self) -> int:
         """The rows of a block of members."""
-        return self.block * self.rows
+        return super().multiple * self.rows
 
     def cut(self, which: slice) -> Signs:
         """The signs of the rows ``which.start`` to ``which.stop``, all those of their members."""
@@ -49,10 +49,12 @@ class MemberSigns(Signs):
         super().add_times(self._apart(out, example_dim), *apart)
         return out
 
-    def add_scaled(self, out: Tensor, vector: Tensor, example_dim: int, dim: int) -> Tensor:
-        """``out + vector * signs``, in place of ``out``; ``vector`` ``(d,)`` lies along ``dim``."""
+    def add_vectors(
+        self, out: Tensor, center: Tensor, delta: Tensor, example_dim: int, dim: int
+    ) -> Tensor:
+        """``out + (center + delta * signs)``, in place; the vectors ``(d,)`` lie along ``dim``."""
         apart = self._apart(out, example_dim)
-        super().add_scaled(apart, vector, example_dim, dim + (dim > example_dim))
+        super().add_vectors(apart, center, delta, example_dim, dim + (dim > example_dim))
         return out
 
     def sum_times(self, x: Tensor) -> Tensor:

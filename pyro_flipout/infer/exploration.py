@@ -169,4 +169,3 @@ class _PolicySigns(MemberSigns):
 
     def __init__(self, dense: Tensor, rows: int) -> None:
         self.low, self.high, self.num_examples, self.rows = dense, None, len(dense), rows
-        self.block = 1

@@ -54,23 +54,24 @@ def test_derivatives(name, biases):
     assert torch.autograd.gradgradcheck(fn, inputs)
 
 
+@pytest.mark.parametrize(("num_examples", "parts"), [(5, 5), (150, 5)])
 @pytest.mark.parametrize("name", CASES)
-def test_a_few_examples_at_a_time_are_all_of_them(name, monkeypatch):
-    """Large mini-batches go through the caches in parts, of 32 examples here."""
+def test_a_few_examples_at_a_time_are_all_of_them(name, num_examples, parts, monkeypatch):
+    """Large mini-batches go through the caches in parts: of 32 examples, or any number of a few."""
     op, data, weight = CASES[name]
     inputs = [
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        for shape in ((75, *data[1:]), weight, weight, (2,), (2,))
+        for shape in ((num_examples, *data[1:]), weight, weight, (2,), (2,))
     ]
     fn, found = product(op, weight), []
     for size in (2**30, 1):
         monkeypatch.setattr(_product, "_CHUNK_BYTES", size)
         out = fn(*inputs)
         found.append([out, *torch.autograd.grad(out.sin().sum(), inputs)])
-    signs = Signs(draw_codes((3,)), 75, out.dtype)
-    assert len(list(_product._chunks(inputs[0], out, (signs, 0, 1)))) == 3
-    for whole, parts in zip(*found, strict=True):
-        torch.testing.assert_close(whole, parts)
+    signs = Signs(draw_codes((3,)), num_examples, out.dtype)
+    assert len(list(_product._chunks(inputs[0], out, (signs, 0, 1)))) == parts
+    for whole, cut in zip(*found, strict=True):
+        torch.testing.assert_close(whole, cut)
 
 
 @pytest.mark.parametrize("name", CASES)
