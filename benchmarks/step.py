@@ -80,11 +80,17 @@ class Net:
         return x, torch.randint(self.classes, (size, *self.labels), device=device)
 
 
+def tiny():
+    """So small that what is left is the cost of Pyro, the guide and the handler."""
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 10))
+
+
 NETS = {
     "fc": Net(lambda: fc(28), (28, 28), [32, 128, 1024, 8192]),
     "convle": Net(lambda: convle(28), (28, 28), [32, 128, 1024]),
     "lstm": Net(CharLSTM, (100, 512), [32, 128], (100,), 65),
     "transformer": Net(Transformer, (32, 128), [32, 128, 1024]),
+    "tiny": Net(tiny, (8,), [1]),
 }
 
 # ----------------------------------------------------------------------------- estimators

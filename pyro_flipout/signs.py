@@ -269,6 +269,11 @@ class _Flip(torch.autograd.Function):
 _apply_flip: Callable[..., Any] = _Flip.apply
 
 
+def transformed() -> bool:
+    """Whether ``torch.func`` transforms the program, which it cannot do with our own gradients."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def flip_signs(x: Tensor, signs: Signs, example_dim: int, dim: int) -> Tensor:
     """``x`` times the signs of its examples along ``dim``, differentiable any number of times.
 
@@ -279,6 +284,9 @@ def flip_signs(x: Tensor, signs: Signs, example_dim: int, dim: int) -> Tensor:
     tensor([[ 1., -1.,  1.],
             [ 1., -1., -1.]])
     """
+    if transformed():
+        sizes = [n if d in (example_dim, dim) else 1 for d, n in enumerate(x.shape)]
+        return x * signs.times(torch.ones(sizes, dtype=x.dtype, device=x.device), example_dim, dim)
     if not (x.requires_grad and torch.is_grad_enabled()):
         return signs.times(x, example_dim, dim)
     return _apply_flip(x, signs, example_dim, dim)  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence, register_kl
 
 from pyro_flipout.infer._draws import keeping
+from pyro_flipout.signs import transformed
 
 __all__ = ["normal_kl"]
 
@@ -65,6 +66,9 @@ def normal_kl(loc: Tensor, scale: Tensor, prior_loc: Tensor, prior_scale: Tensor
     >>> normal_kl(one, one, torch.zeros(2), one)
     tensor([0.5000, 0.5000])
     """
+    if transformed():
+        ratio, step = scale / prior_scale, (loc - prior_loc) / prior_scale
+        return 0.5 * (ratio.square() + step.square() - 1) - ratio.log()
     return _apply(loc, scale, _compact(prior_loc), _compact(prior_scale))
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flipout.signs import Signs, flip_signs
+from pyro_flipout.signs import Signs, flip_signs, transformed
 from pyro_flipout.tensor import (
     Execution,
     FlipoutTensor,
@@ -255,11 +255,12 @@ def flipped_product(
         return _of_center(apply, kernel, data, weight.plain, bias if bias is None else plain(bias))
     out_example_dim = example_dim if out_example_dim is None else out_example_dim
     out: Tensor | None = None
+    fusable = kernel is not None and not transformed()
     for term in weight.terms:
         into_data, into_out = _route(term, data_dims, out_dims)
         before = _place(weight.execution, into_data, data, example_dim, groups)
         after = _place(weight.execution, into_out, data, out_example_dim, out_groups)
-        if out is None and kernel is not None and max(len(before), len(after)) < 2:
+        if out is None and kernel is not None and fusable and max(len(before), len(after)) < 2:
             taken = _take_bias(bias, weight, kernel, data, out_example_dim)
             bias = bias if taken is None else None
             out = _fused(kernel, data, weight.center, term.delta, taken or NO_BIAS, before, after)

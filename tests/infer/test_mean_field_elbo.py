@@ -120,6 +120,10 @@ def test_kl_of_normals(prior):
     torch.testing.assert_close(normal_kl(*leaves, *prior), expected)
     assert torch.autograd.gradcheck(lambda a, b: normal_kl(a, b, *prior), leaves)
     assert torch.autograd.gradgradcheck(lambda a, b: normal_kl(a, b, *prior), leaves)
+    total = torch.func.grad(lambda a, b: normal_kl(a, b, *prior).sum(), argnums=(0, 1))(*leaves)
+    torch.testing.assert_close(
+        total, torch.autograd.grad(expected.sum(), leaves, retain_graph=True)
+    )
     weights = torch.rand_like(loc)
     for total in (torch.sum, lambda kl: (kl * weights).sum()):
         grads, ours = (

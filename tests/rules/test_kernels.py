@@ -114,3 +114,23 @@ def test_saves_nothing_more_of_the_datas_size(name):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         product(op, weight)(*leaves, None)
     assert sum(saved.values()) <= x.numel() + center.numel() + delta.numel()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transforms_of_torch_func(name):
+    op, data, weight = CASES[name]
+    shapes = data, weight, weight, (2,), (2,)
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    fn = product(op, weight)
+
+    def total(*inputs):
+        return fn(*inputs).sin().sum()
+
+    expected = torch.autograd.grad(total(*inputs), inputs)
+    for every, grad in enumerate(torch.func.grad(total, argnums=tuple(range(5)))(*inputs)):
+        torch.testing.assert_close(grad, expected[every])
+    x, center, *others = (t.detach() for t in inputs)
+    several = torch.stack([x, 2 * x]), torch.stack([center, -center])
+    mapped = torch.func.vmap(lambda x, c: fn(x, c, *others))(*several)
+    for k in range(2):
+        torch.testing.assert_close(mapped[k], fn(several[0][k], several[1][k], *others))
