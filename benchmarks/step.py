@@ -69,11 +69,14 @@ class Transformer(nn.Module):
 
 
 class Net:
-    """A network, the shape of an example, its classes and the batch sizes worth running."""
+    """A network, the shape of an example, its classes and the batch sizes worth running.
 
-    def __init__(self, make, shape, sizes, labels=(), classes=10):
+    :param peer: whether bayesian-torch can convert it.
+    """
+
+    def __init__(self, make, shape, sizes, labels=(), classes=10, peer=True):
         self.make, self.shape, self.sizes = make, shape, sizes
-        self.labels, self.classes = labels, classes
+        self.labels, self.classes, self.peer = labels, classes, peer
 
     def batch(self, size, device):
         x = torch.randn(size, *self.shape, device=device)
@@ -88,8 +91,8 @@ def tiny():
 NETS = {
     "fc": Net(lambda: fc(28), (28, 28), [32, 128, 1024, 8192]),
     "convle": Net(lambda: convle(28), (28, 28), [32, 128, 1024]),
-    "lstm": Net(CharLSTM, (100, 512), [32, 128], (100,), 65),
-    "transformer": Net(Transformer, (32, 128), [32, 128, 1024]),
+    "lstm": Net(CharLSTM, (100, 512), [32, 128], (100,), 65, peer=False),
+    "transformer": Net(Transformer, (32, 128), [32, 128, 1024], peer=False),
     "tiny": Net(tiny, (8,), [1]),
 }
 
@@ -234,7 +237,8 @@ CPU = torch.profiler.ProfilerActivity.CPU
 
 def measure(args, net, size):
     """Rows ``name -> (ratio, its quartiles, ms, peak, saved)`` at one batch size."""
-    steppers = {name: Stepper(name, net, args) for name in ["plain", *args.estimators]}
+    names = [n for n in args.estimators if net.peer or "bayesian-torch" not in n]
+    steppers = {name: Stepper(name, net, args) for name in ["plain", *names]}
     x, y = net.batch(size, args.device)
     ratios, seconds = defaultdict(list), defaultdict(list)
     for round_ in range(args.warmup + args.rounds):
