@@ -92,6 +92,7 @@ def product(x, center, delta, bias, into_data, into_out):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is:DeprecationWarning")  # inductor's
 def test_the_product_compiles_as_one_graph():
     """With inductor, which needs a C++ compiler."""
     torch.manual_seed(0)
