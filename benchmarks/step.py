@@ -139,7 +139,6 @@ class Pyro:
     """The network with a prior on every parameter, trained by SVI."""
 
     def __init__(self, net, args, guide, flip):
-        self.store = pyro.get_param_store().get_state()
         net = bayesianize(net)
         forward = torch.compile(net) if args.compile else net
 
@@ -147,7 +146,8 @@ class Pyro:
             with args.autocast():
                 logits = forward(x)
             with pyro.plate("data", len(x)), pyro.poutine.scale(scale=60_000 / len(x)):
-                pyro.sample("y", Categorical(logits.float()).to_event(y.dim() - 1), obs=y)
+                classes = pyro.distributions.Categorical(logits=logits.float())
+                pyro.sample("y", classes.to_event(y.dim() - 1), obs=y)
 
         self.guide = guide(model)
         elbo = Trace_ELBO() if guide is AutoNormal else MeanFieldELBO()
@@ -156,10 +156,6 @@ class Pyro:
 
     def step(self, x, y):
         self.svi.step(x, y)
-
-
-def Categorical(logits):
-    return pyro.distributions.Categorical(logits=logits)
 
 
 ESTIMATORS = {

@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_flipout._modes import transformed
+
 __all__ = [
     "MAX_EXAMPLES",
     "Signs",
@@ -267,11 +269,6 @@ class _Flip(torch.autograd.Function):
 
 
 _apply_flip: Callable[..., Any] = _Flip.apply
-
-
-def transformed() -> bool:
-    """Whether ``torch.func`` transforms the program, which it cannot do with our own gradients."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def flip_signs(x: Tensor, signs: Signs, example_dim: int, dim: int) -> Tensor:

@@ -14,8 +14,8 @@ import torch.distributions as torch_dist
 from torch import Tensor
 from torch.distributions import kl_divergence, register_kl
 
+from pyro_flipout._modes import transformed
 from pyro_flipout.infer._draws import keeping
-from pyro_flipout.signs import transformed
 
 __all__ = ["normal_kl"]
 

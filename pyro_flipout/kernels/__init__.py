@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_flipout._modes import transformed
+
 __all__ = ["available", "flipped_linear", "possible"]
 
 _VARIABLE = "PYRO_FLIPOUT_TRITON"
@@ -120,7 +122,7 @@ def _transformed() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or torch._C._are_functorch_transforms_active()
+        or transformed()
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_flipout._modes import autocast
 from pyro_flipout.kernels import _triton
 from pyro_flipout.kernels._launch import Flips, product, weight_grads
 from pyro_flipout.signs import Signs, flip_signs
@@ -57,7 +58,7 @@ def flipped_linear(
     :returns: shape ``(*, O)``.
     :raises ValueError: if shapes, dtypes or devices do not fit.
     """
-    x, center, delta, bias = _cast(x, center, delta, bias)
+    x, center, delta, bias = autocast(x, center, delta, bias)
     _check(x, center, delta, bias, example_dim)
     lead = x.shape[:-1]
     flips = Flips(
@@ -152,15 +153,6 @@ def _differentiable(
 
 
 # -------------------------------------------------------------------- arguments
-
-
-def _cast(*tensors: Tensor | None) -> list[Any]:
-    """What autocast would do to the arguments of a matrix product."""
-    device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 def _codes(codes: Tensor | None, size: int, name: str) -> Tensor | None:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flipout.signs import Signs, flip_signs, transformed
+from pyro_flipout._modes import autocast, transformed
+from pyro_flipout.signs import Signs, flip_signs
 from pyro_flipout.tensor import (
     Execution,
     FlipoutTensor,
@@ -214,15 +215,6 @@ def _flip(x: Tensor, placed: Placed | None) -> Tensor:
     return x if placed is None else flip_signs(x, *placed)
 
 
-def _cast(*tensors: Tensor | None) -> list[Any]:
-    """What autocast would do to the arguments of a matrix product."""
-    device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
-
-
 def flipped_product(
     weight: FlipoutTensor,
     data: Tensor,
@@ -255,15 +247,15 @@ def flipped_product(
         return _of_center(apply, kernel, data, weight.plain, bias if bias is None else plain(bias))
     out_example_dim = example_dim if out_example_dim is None else out_example_dim
     out: Tensor | None = None
-    fusable = kernel is not None and not transformed()
+    fused = None if transformed() else kernel
     for term in weight.terms:
         into_data, into_out = _route(term, data_dims, out_dims)
         before = _place(weight.execution, into_data, data, example_dim, groups)
         after = _place(weight.execution, into_out, data, out_example_dim, out_groups)
-        if out is None and kernel is not None and fusable and max(len(before), len(after)) < 2:
-            taken = _take_bias(bias, weight, kernel, data, out_example_dim)
+        if out is None and fused is not None and max(len(before), len(after)) < 2:
+            taken = _take_bias(bias, weight, fused, data, out_example_dim)
             bias = bias if taken is None else None
-            out = _fused(kernel, data, weight.center, term.delta, taken or NO_BIAS, before, after)
+            out = _fused(fused, data, weight.center, term.delta, taken or NO_BIAS, before, after)
             continue
         x = data
         for placed in before:
@@ -317,7 +309,7 @@ def _fused(
     before: list[Placed],
     after: list[Placed],
 ) -> Tensor:
-    x, center, delta, *biases = _cast(data, center, delta, *bias[:2])
+    x, center, delta, *biases = autocast(data, center, delta, *bias[:2])
     signs = before[0] if before else None, after[0] if after else None, bias[2]
     placed = [p and (p[0].to(x.dtype), *p[1:]) for p in signs]
     with torch.autocast(x.device.type, enabled=False):
