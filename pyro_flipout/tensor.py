@@ -33,6 +33,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.overrides import resolve_name
 
+from pyro_flipout._modes import transformed
 from pyro_flipout.errors import ExampleDimError, MissingRuleError, warn
 from pyro_flipout.signs import Signs, dense_signs, draw_codes
 
@@ -144,6 +145,9 @@ def _is_query(op: Callable[..., Any]) -> bool:
 # -------------------------------------------------------------------- execution
 
 
+_CODES_AT_ONCE = 256
+
+
 class Execution:
     """One execution of a model: its examples, and what befell its flipped weights.
 
@@ -165,6 +169,18 @@ class Execution:
         self.particles_seen = False
         self._on_shared = on_shared or warn_shared
         self._signs: dict[tuple[int, int, torch.dtype], tuple[Tensor, Signs]] = {}
+        self._codes: dict[torch.device, tuple[Tensor, int]] = {}  # drawn, and how many are taken
+
+    def draw_codes(self, count: int, device: torch.device) -> tuple[Tensor, int]:
+        """Random codes of which ``count`` are for nobody else, and where these start.
+
+        Small weights share a call of the generator.
+        """
+        codes, start = self._codes.get(device, (None, 0))
+        if codes is None or start + count > len(codes):
+            codes, start = draw_codes((max(count, _CODES_AT_ONCE),), device), 0
+        self._codes[device] = codes, start + count
+        return codes, start
 
     def count(self, num_examples: int, counted_on: str) -> None:
         """Learns the number of examples, or checks it against the one known.
@@ -242,23 +258,38 @@ class Draw:
     would consume random numbers that its recomputation does not consume again.
     """
 
-    __slots__ = ("execution", "factors", "shared", "site", "used")
+    __slots__ = (
+        *("_codes", "_factors", "_lead_dims", "_shape", "_sources"),
+        *("execution", "shared", "site", "used"),
+    )
 
     def __init__(self, site: str, value: Tensor, execution: Execution, lead_dims: int = 0) -> None:
         self.site = site
         self.execution = execution
         self.shared = False
         self.used = False
-        lead, event = tuple(value.shape[:lead_dims]), tuple(value.shape[lead_dims:])
-        shapes = [
-            (*lead, *(size if d == dim else 1 for d, size in enumerate(event)))
-            for dim in range(min(2, len(event)))
-        ] or [lead]
-        sizes = [math.prod(shape) for shape in shapes]
-        codes = draw_codes((sum(sizes),), value.device).split(sizes)
-        self.factors: tuple[Factor, ...] = tuple(
-            (SignFactor(self), c.view(shape)) for c, shape in zip(codes, shapes, strict=True)
-        )
+        self._shape, self._lead_dims = value.shape, lead_dims
+        self._factors: tuple[Factor, ...] | None = None
+        lead, event = self._shape[:lead_dims].numel(), self._shape[lead_dims:]
+        self._sources = tuple(SignFactor(self) for _ in range(min(2, len(event)) or 1))
+        self._codes = execution.draw_codes(lead * (sum(event[:2]) if event else 1), value.device)
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The sign factors, which one example has no use for: made when first asked for."""
+        if self._factors is not None:
+            return self._factors
+        lead, event = tuple(self._shape[: self._lead_dims]), tuple(self._shape[self._lead_dims :])
+        codes, start = self._codes
+        factors = []
+        for dim, source in enumerate(self._sources):
+            shape = (*lead, *(size if d == dim else 1 for d, size in enumerate(event)))
+            stop = start + math.prod(shape)
+            factors.append((source, codes[start:stop].view(shape)))
+            start = stop
+        if not transformed():  # what is made inside torch.func must stay there
+            self._factors = tuple(factors)
+        return tuple(factors)
 
     @property
     def codes(self) -> tuple[Tensor, ...]:
@@ -314,14 +345,19 @@ class Term:
     :param factors: its sign factors; those of the one draw if omitted.
     """
 
-    __slots__ = ("delta", "draws", "factors")
+    __slots__ = ("_factors", "delta", "draws")
 
     def __init__(
         self, delta: Tensor, draws: tuple[Draw, ...], factors: tuple[Factor, ...] | None = None
     ) -> None:
         self.delta = delta
         self.draws = draws
-        self.factors = draws[0].factors if factors is None else factors
+        self._factors = factors
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The sign factors, dropped ones too."""
+        return self.draws[0].factors if self._factors is None else self._factors
 
     @property
     def codes(self) -> tuple[Tensor, ...]:
@@ -374,6 +410,17 @@ class FlipoutTensor(Tensor):
     def plain(self) -> Tensor:
         """The shared draw as a plain tensor."""
         return self._plain
+
+    # Read by every rule, and faster here than by way of __torch_function__.
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """Shape of the weight."""
+        return self._plain.shape
+
+    def dim(self) -> int:
+        """Number of dimensions of the weight."""
+        return self._plain.dim()
 
     @property
     def lead_dims(self) -> int:

@@ -155,7 +155,7 @@ class MemberDraw(Draw):
             if antithetic:
                 codes = codes & ~2 if factors else codes | 2
             factors.append((SignFactor(self), codes))
-        self.factors = tuple(factors)
+        self._factors = tuple(factors)
 
     @property
     def combined(self) -> Tensor:

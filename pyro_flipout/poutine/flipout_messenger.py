@@ -18,6 +18,7 @@ from torch.distributions import Distribution, Transform
 
 from pyro_flipout.errors import FlipoutError, warn
 from pyro_flipout.poutine.symmetric_draw import (
+    ATOMS,
     Message,
     NoDraw,
     SymmetricDraw,
@@ -382,7 +383,7 @@ def _strip(fn: Any) -> list[Draw]:
     return draws
 
 
-_PLAIN = frozenset({torch.Tensor, torch.Size, type(None), bool, int, float, str})
+_PLAIN = ATOMS | {torch.Tensor}
 """Of the attributes of a distribution, those that cannot hold a flipped weight."""
 
 

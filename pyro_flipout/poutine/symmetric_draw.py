@@ -241,19 +241,15 @@ def _aliased_draw(value: Tensor, trace: Trace) -> Message | None:
     """The draw of the guide that ``value`` is a view of, by storage."""
     if value.numel() == 0:
         return None
-    storage = value.untyped_storage().data_ptr()
-    for node in trace.nodes.values():
-        if node["type"] == "sample" and not node["is_observed"] and not _is_delta(node["fn"]):
-            other = node["value"]
-            if isinstance(other, Tensor) and other.untyped_storage().data_ptr() == storage:
-                return node
-    return None
+    return _guide_graph(trace).storages.get(value.untyped_storage().data_ptr())
 
 
 def _same_view(view: Tensor, base: Tensor, center: Tensor) -> Tensor:
     """The view of ``center`` that ``view`` is of ``base``."""
     center = center.expand(base.shape)
     offset = view.storage_offset() - base.storage_offset()
+    if offset == 0 and view.shape == base.shape and view.stride() == base.stride():
+        return center
     if base.is_contiguous() and view.is_contiguous():
         flat = center.reshape(-1)
         if view.numel() != base.numel():
@@ -303,6 +299,7 @@ class _GuideGraph:
     """Which draws of a guide the others are computed from, by autograd history.
 
     :ivar draws: the draw that an autograd node computes.
+    :ivar storages: the draw whose value has its storage at an address.
     :ivar dependents: for every draw, the sites whose distribution depends on it.
     """
 
@@ -310,10 +307,15 @@ class _GuideGraph:
         self.draws: dict[Any, str] = {}
         self._bare: set[Any] = set()  # autograd nodes that no draw is upstream of
         sites = [(str(n), node) for n, node in trace.nodes.items() if node["type"] == "sample"]
+        self.storages: dict[int, Message] = {}
         for name, node in sites:
-            grad_fn = getattr(node["value"], "grad_fn", None)
-            if grad_fn is not None:
-                self.draws[grad_fn] = name
+            value = node["value"]
+            if not isinstance(value, Tensor):
+                continue
+            if value.grad_fn is not None:
+                self.draws[value.grad_fn] = name
+            if not node["is_observed"] and not _is_delta(node["fn"]):
+                self.storages.setdefault(value.untyped_storage().data_ptr(), node)
         self.dependents: dict[str, list[str]] = {}
         for name, node in sites:
             for source in self.upstream(_tensors(node["fn"])) - {name}:
@@ -356,7 +358,11 @@ def _tensors(fn: Any) -> Iterator[Tensor]:
             todo += obj
         elif isinstance(obj, (Distribution, Transform)) and id(obj) not in seen:
             seen.add(id(obj))  # transforms refer to their inverses
-            todo += vars(obj).values()
+            todo += [item for item in vars(obj).values() if type(item) not in ATOMS]
+
+
+ATOMS = frozenset({torch.Size, type(None), bool, int, float, str})
+"""Types of attributes that hold no tensor."""
 
 
 def _is_delta(fn: Any) -> bool:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from pyro_flipout.rules import _product
 from pyro_flipout.signs import Signs, draw_codes
-from pyro_flipout.tensor import Draw, Execution, FlipoutTensor, Term
+from pyro_flipout.tensor import Draw, Execution, FlipoutTensor, Term, flip
 
 N = 3
 CASES = {
@@ -134,3 +134,22 @@ def test_transforms_of_torch_func(name):
     mapped = torch.func.vmap(lambda x, c: fn(x, c, *others))(*several)
     for k in range(2):
         torch.testing.assert_close(mapped[k], fn(several[0][k], several[1][k], *others))
+
+
+def test_first_use_inside_torch_func_leaves_nothing_behind():
+    x, center, delta = torch.randn(N, 3), torch.randn(2, 3), torch.randn(2, 3)
+    weight = flip(center + delta, center, delta)
+    grad = torch.func.grad(lambda x: F.linear(x, weight).sin().sum())(x)
+    assert not any(map(torch._C._functorch.is_functorch_wrapped_tensor, weight.draws[0].codes))
+    leaf = x.clone().requires_grad_()
+    F.linear(leaf, weight).sin().sum().backward()
+    torch.testing.assert_close(leaf.grad, grad)
+
+
+@pytest.mark.parametrize("count", [1, 100, 1000])
+def test_no_two_draws_share_a_code(count):
+    execution = Execution()
+    weights = [flip(v, v, execution=execution) for v in (torch.zeros(count, 2), torch.zeros(3)) * 3]
+    codes = torch.cat([c.flatten() for w in weights for c in w.draws[0].codes])
+    assert len(codes) == 3 * (count + 2 + 3)
+    assert len(codes.unique()) == len(codes)
