@@ -14,6 +14,7 @@ from typing import Any
 import pyro
 import pyro.distributions as pyro_dist
 import pyro.poutine as poutine
+import pyro.poutine.runtime as runtime
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.util import sum_rightmost
@@ -22,12 +23,23 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.nn import PyroParam
 from pyro.ops.tensor_utils import periodic_repeat
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import block_messengers
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
+from pyro_flipout._modes import transformed
 from pyro_flipout.infer import _normal_kl  # noqa: F401  (registers it)
-from pyro_flipout.infer._draws import Family, Image, Noise, check_family, keep_delta, standard
+from pyro_flipout.infer._draws import (
+    Family,
+    Image,
+    Noise,
+    Slot,
+    check_family,
+    draw_together,
+    keep_delta,
+    standard,
+)
 from pyro_flipout.poutine.flipout_messenger import FlipoutMessenger
 from pyro_flipout.poutine.symmetric_draw import Message, is_real
 
@@ -215,16 +227,27 @@ class AutoMeanField(AutoGuide):
         """
         self._ensure_setup(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)  # type: ignore[no-untyped-call]
-        noise = Noise(self.family, self._noise_size, self.loc)
         # It is the model that flips: signs drawn here would be for nothing.
         with block_messengers(lambda m: isinstance(m, FlipoutMessenger)):
             return {
-                part.name: self._sample(part, loc, scale, noise, plates)
-                for part, loc, scale in self._unpack()
+                part.name: self._sample(part, loc, scale, slot, plates)
+                for part, loc, scale, slot in self._slots()
             }
 
-    def _unpack(self) -> Iterator[tuple[_Part, Tensor, Tensor]]:
-        """Every site's locations and scales, in its own shape."""
+    def _slots(self) -> Iterator[tuple[_Part, Tensor, Tensor, Slot]]:
+        """Every site's locations, scales and noise."""
+        flat_loc, flat_scale = self._flat()
+        noise = Noise(self.family, self._noise_size, flat_loc)
+        if self._noise_size < len(flat_loc) or transformed() or _in_plates():
+            for part, loc, scale in self._unpack():
+                yield part, loc, scale, noise.slot(part.start, part.shape)
+            return
+        shapes = [part.shape for part in self._parts]
+        drawn = draw_together(flat_loc, flat_scale, noise, shapes)
+        for part, (loc, scale, delta, value) in zip(self._parts, drawn, strict=True):
+            yield part, loc, scale, noise.slot(None, part.shape, (value, delta))
+
+    def _flat(self) -> tuple[Tensor, Tensor]:
         sizes = [part.shape.numel() for part in self._parts]
         flat_loc, flat_scale = self.loc, self.scale
         if len(flat_loc) != sum(sizes):
@@ -233,13 +256,17 @@ class AutoMeanField(AutoGuide):
                 f".loc' has {len(flat_loc)}, left in Pyro's parameter store by another guide; call "
                 "pyro.clear_param_store() before you make a new one"
             )
-        for part, loc, scale in zip(
-            self._parts, flat_loc.split(sizes), flat_scale.split(sizes), strict=True
-        ):
+        return flat_loc, flat_scale
+
+    def _unpack(self) -> Iterator[tuple[_Part, Tensor, Tensor]]:
+        """Every site's locations and scales, in its own shape."""
+        sizes = [part.shape.numel() for part in self._parts]
+        parts = (flat.split(sizes) for flat in self._flat())
+        for part, loc, scale in zip(self._parts, *parts, strict=True):
             yield part, loc.view(part.shape), scale.view(part.shape)
 
     def _sample(
-        self, part: _Part, loc: Tensor, scale: Tensor, noise: Noise, plates: dict[str, Any]
+        self, part: _Part, loc: Tensor, scale: Tensor, slot: Slot, plates: dict[str, Any]
     ) -> Tensor:
         site = self.prototype_trace.nodes[part.name]
         with ExitStack() as stack:
@@ -249,7 +276,7 @@ class AutoMeanField(AutoGuide):
                 if plate.subsample_size < plate.size:
                     dim = frame.dim - part.event_dim
                     loc, scale = (t.index_select(dim, indices.to(t.device)) for t in (loc, scale))
-            fn = keep_delta(self.family(loc, scale), noise.slot(part.start, part.shape))
+            fn = keep_delta(self.family(loc, scale), slot)
             fn = fn.to_event(part.event_dim)
             if not is_real(site["fn"]):
                 return _sample_image(site, fn)
@@ -353,6 +380,11 @@ def _direction(transform: Transform) -> int:
         return int(transform.sign)
     except NotImplementedError:
         return 1
+
+
+def _in_plates() -> bool:
+    """Whether the guide is called inside a plate, such as that of vectorised particles."""
+    return any(isinstance(frame, IndepMessenger) for frame in runtime._PYRO_STACK)
 
 
 def _is_number(obj: object) -> bool:

@@ -298,14 +298,14 @@ def depends(name: str, on: str) -> str:
 class _GuideGraph:
     """Which draws of a guide the others are computed from, by autograd history.
 
-    :ivar draws: the draw that an autograd node computes.
+    :ivar draws: the draw that an output of an autograd node is.
     :ivar storages: the draw whose value has its storage at an address.
     :ivar dependents: for every draw, the sites whose distribution depends on it.
     """
 
     def __init__(self, trace: Trace) -> None:
         self.draws: dict[Any, str] = {}
-        self._bare: set[Any] = set()  # autograd nodes that no draw is upstream of
+        self._bare: set[Any] = set()  # outputs that no draw is upstream of
         sites = [(str(n), node) for n, node in trace.nodes.items() if node["type"] == "sample"]
         self.storages: dict[int, Message] = {}
         for name, node in sites:
@@ -313,7 +313,7 @@ class _GuideGraph:
             if not isinstance(value, Tensor):
                 continue
             if value.grad_fn is not None:
-                self.draws[value.grad_fn] = name
+                self.draws[value.grad_fn, value.output_nr] = name
             if not node["is_observed"] and not _is_delta(node["fn"]):
                 self.storages.setdefault(value.untyped_storage().data_ptr(), node)
         self.dependents: dict[str, list[str]] = {}
@@ -323,7 +323,7 @@ class _GuideGraph:
 
     def upstream(self, tensors: Iterable[Tensor]) -> set[str]:
         """Names of the draws that ``tensors`` are computed from."""
-        todo = [t.grad_fn for t in tensors if t.grad_fn is not None]
+        todo: list[Any] = [(t.grad_fn, t.output_nr) for t in tensors if t.grad_fn is not None]
         found, seen = set(), set()
         while todo:
             step = todo.pop()
@@ -331,7 +331,7 @@ class _GuideGraph:
                 seen.add(step)
                 if step in self.draws:
                     found.add(self.draws[step])
-                todo += [parent for parent, _ in step.next_functions if parent is not None]
+                todo += [edge for edge in step[0].next_functions if edge[0] is not None]
         if not found:
             self._bare |= seen
         return found

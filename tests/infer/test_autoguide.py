@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch.distributions import biject_to
 
 from pyro_flipout import flipout, symmetric_center
-from pyro_flipout.infer import AutoMeanField
+from pyro_flipout.infer import AutoMeanField, _draws
 from pyro_flipout.symmetric import symmetric_delta
 from tests.helpers import Recording, Regression, Z, check_network, mlp, randomize
 from tests.poutine.test_estimator import bonferroni, discrepancy
@@ -211,6 +211,81 @@ def test_marks_on_the_model_s_sites_count():
     trace = poutine.trace(AutoMeanField(model)).get_trace(x)
     poutine.replay(handler(model), trace=trace)(x)
     assert set(handler.seen) == {"b", "c"}
+
+
+def together(loc, scale, eps):
+    """Locations, scales, perturbations and values of the sites, by the common node."""
+    return _draws._together(loc, scale, eps, [torch.Size((2, 2)), torch.Size(()), torch.Size((3,))])
+
+
+def one_by_one(loc, scale, eps):
+    parts = [torch.split(t, [4, 1, 3]) for t in (loc, scale, eps)]
+    out = []
+    for center, spread, noise in zip(*parts, strict=True):
+        shape = {4: (2, 2), 1: (), 3: (3,)}[len(center)]
+        delta = spread * noise
+        out += [t.view(shape) for t in (center, spread, delta, center + delta)]
+    return out
+
+
+FLAT = [torch.linspace(a, b, 8, dtype=torch.float64) for a, b in ((-1, 2), (0.1, 0.8), (1.5, -1))]
+
+
+@pytest.mark.parametrize("learned", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("used", ["all", "loc", "scale", "delta", "value", "delta and value"])
+def test_gradients_of_the_common_draw(used, learned):
+    names = ["loc", "scale", "delta", "value"]
+    wanted = range(12) if used == "all" else [i for i in range(12) if names[i % 4] in used][1:]
+    found = []
+    for fn in (together, one_by_one):
+        leaves = [t.clone().requires_grad_(wish) for t, wish in zip(FLAT, learned, strict=False)]
+        out = fn(*leaves, FLAT[2])
+        total = sum((k + 1) * out[i].sin().sum() for k, i in enumerate(wanted))
+        leaves = [t for t in leaves if t.requires_grad]
+        if not total.requires_grad:  # of one_by_one: locations alone do not depend on scales
+            assert found == [(None, None)]
+            return
+        grads = [
+            torch.autograd.grad(total, leaves, create_graph=again, allow_unused=True)
+            for again in (True, False)
+        ]
+        found.append(grads[0] + grads[1])
+    for ours, expected in zip(*found, strict=True):
+        assert (ours is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(ours, expected)
+
+
+def test_second_derivatives_of_the_common_draw():
+    leaves = [t.clone().requires_grad_() for t in FLAT[:2]]
+
+    def fn(loc, scale):
+        return tuple(t.sin() for t in together(loc, scale, FLAT[2]))
+
+    assert torch.autograd.gradcheck(fn, leaves)
+    assert torch.autograd.gradgradcheck(fn, leaves)
+
+
+def test_the_common_draw_is_one_node_and_the_sites_are_apart():
+    """What autograd joins is not what one site's distribution depends on."""
+    model, guide, x, y = setup()
+    trace = poutine.trace(guide).get_trace(x, y)
+    names = [f"net.{name}" for name in SHAPES]
+    assert len({trace.nodes[name]["value"].grad_fn for name in names}) == 1
+    handler = Recording(on_missing_rule="error")
+    poutine.replay(handler(model), trace=trace)(x)
+    assert set(handler.seen) == set(names)
+
+
+def test_the_common_draw_serves_once():
+    """Another call of the distribution is another draw."""
+    _, guide, x, y = setup()
+    fn = poutine.trace(guide).get_trace(x, y).nodes["net.0.weight"]["fn"]
+    draws = [fn.rsample() for _ in range(3)]
+    assert not torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[1], draws[2])
+    assert symmetric_delta(fn, draws[1]) is None
+    assert symmetric_delta(fn, draws[2]) is not None
 
 
 # ------------------------------------------------------------------------ particles
