@@ -23,7 +23,6 @@ __all__ = [
     "Noise",
     "Slot",
     "check_family",
-    "draw_together",
     "keep_delta",
     "keeping",
     "standard",
@@ -115,108 +114,6 @@ class Slot:
             return self.noise.fresh(shape)
         flat = self.noise.flat(shape[:lead].numel())
         return flat[:, start : start + self.shape.numel()].view(shape)
-
-
-class _Together(torch.autograd.Function):
-    """Locations, scales, perturbations and values of all sites, in turn for each site.
-
-    One node for autograd. Its backward writes the gradients of all sites into two vectors, where
-    those of views would be added up for each site and then joined.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, loc: Tensor, scale: Tensor, noise: Tensor, shapes: list[torch.Size]
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(noise)
-        ctx.shapes = shapes
-        out = []
-        for center, spread, eps in zip(
-            *(_apart(t, shapes) for t in (loc, scale, noise)), strict=True
-        ):
-            delta = spread * eps
-            out += [center, spread, delta, center + delta]
-        return tuple(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        (noise,) = ctx.saved_tensors
-        join = _join_differentiable if torch.is_grad_enabled() else _join
-        each = [grads[i : i + 4] for i in range(0, len(grads), 4)]
-        need = (
-            ctx.needs_input_grad[0] and any(g[0] is not None or g[3] is not None for g in each),
-            ctx.needs_input_grad[1] and any(g is not None for of in each for g in of[1:]),
-        )
-        return *join(noise, ctx.shapes, each, need), None, None
-
-
-def _join(
-    noise: Tensor, shapes: list[torch.Size], grads: list[Any], need: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the vectors of locations and of scales."""
-    flat_loc, flat_scale = (torch.empty_like(noise) if n else None for n in need)
-    parts = [noise if t is None else t for t in (flat_loc, flat_scale)]
-    for of_site, eps, loc, scale in zip(
-        grads, *(_apart(t, shapes) for t in (noise, *parts)), strict=True
-    ):
-        of_loc, of_scale, of_delta, of_value = of_site
-        if flat_loc is not None:
-            if of_loc is None or of_value is None:
-                one = of_loc if of_value is None else of_value
-                loc.zero_() if one is None else loc.copy_(one)
-            else:
-                torch.add(of_loc, of_value, out=loc)
-        if flat_scale is None:
-            continue
-        if of_delta is None or of_value is None:
-            moved = of_delta if of_value is None else of_value
-        else:
-            moved = of_delta + of_value
-        if moved is None:
-            scale.zero_() if of_scale is None else scale.copy_(of_scale)
-        elif of_scale is None:
-            torch.mul(moved, eps, out=scale)
-        else:
-            torch.addcmul(of_scale, moved, eps, out=scale)
-    return flat_loc, flat_scale
-
-
-def _join_differentiable(
-    noise: Tensor, shapes: list[torch.Size], grads: list[Any], need: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """As :func:`_join`, out of place."""
-    locs, scales = [], []
-    for of_site, eps in zip(grads, _apart(noise, shapes), strict=True):
-        of_loc, of_scale, of_delta, of_value = (
-            torch.zeros_like(eps) if g is None else g for g in of_site
-        )
-        locs.append((of_loc + of_value).reshape(-1))
-        scales.append((of_scale + (of_delta + of_value) * eps).reshape(-1))
-    return torch.cat(locs) if need[0] else None, torch.cat(scales) if need[1] else None
-
-
-def _apart(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
-    parts = flat.split([shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def draw_together(
-    loc: Tensor, scale: Tensor, noise: Noise, shapes: list[torch.Size]
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Draws all sites at once.
-
-    :param loc: locations of all sites, shape ``(size,)``.
-    :param scale: scales, shape ``(size,)``.
-    :param noise: of that size.
-    :param shapes: of the sites, in order.
-    :returns: location, scale, perturbation and value of each site.
-    """
-    flat = _together(loc, scale, noise.flat(1).view(-1), shapes)
-    return [(flat[i], flat[i + 1], flat[i + 2], flat[i + 3]) for i in range(0, len(flat), 4)]
-
-
-_together: Callable[..., tuple[Tensor, ...]] = _Together.apply
 
 
 def _plain(family: Any, state: dict[str, Any]) -> Any:

@@ -30,13 +30,13 @@ from torch.distributions import Transform, biject_to
 
 from pyro_flipout._modes import transformed
 from pyro_flipout.infer import _normal_kl  # noqa: F401  (registers it)
+from pyro_flipout.infer._common_draw import draw_together
 from pyro_flipout.infer._draws import (
     Family,
     Image,
     Noise,
     Slot,
     check_family,
-    draw_together,
     keep_delta,
     standard,
 )
@@ -243,7 +243,7 @@ class AutoMeanField(AutoGuide):
                 yield part, loc, scale, noise.slot(part.start, part.shape)
             return
         shapes = [part.shape for part in self._parts]
-        drawn = draw_together(flat_loc, flat_scale, noise, shapes)
+        drawn = draw_together(flat_loc, flat_scale, noise.flat(1).view(-1), shapes)
         for part, (loc, scale, delta, value) in zip(self._parts, drawn, strict=True):
             yield part, loc, scale, noise.slot(None, part.shape, (value, delta))
 

@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch.distributions import biject_to
 
 from pyro_flipout import flipout, symmetric_center
-from pyro_flipout.infer import AutoMeanField, _draws
+from pyro_flipout.infer import AutoMeanField, _common_draw
 from pyro_flipout.symmetric import symmetric_delta
 from tests.helpers import Recording, Regression, Z, check_network, mlp, randomize
 from tests.poutine.test_estimator import bonferroni, discrepancy
@@ -215,7 +215,9 @@ def test_marks_on_the_model_s_sites_count():
 
 def together(loc, scale, eps):
     """Locations, scales, perturbations and values of the sites, by the common node."""
-    return _draws._together(loc, scale, eps, [torch.Size((2, 2)), torch.Size(()), torch.Size((3,))])
+    return _common_draw._together(
+        loc, scale, eps, [torch.Size((2, 2)), torch.Size(()), torch.Size((3,))]
+    )
 
 
 def one_by_one(loc, scale, eps):
