@@ -24,6 +24,7 @@ References
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -214,10 +215,9 @@ class Execution:
     def factored_signs(self, codes: Tensor, dtype: torch.dtype) -> Signs:
         """Signs of flat ``codes`` for multiplying data, kept for the whole execution."""
         assert self.num_examples is not None
-        try:
-            key = codes.data_ptr(), codes.numel(), dtype
-        except RuntimeError:  # inside torch.func.grad, and what is made there must stay there
+        if transformed():  # what is made inside torch.func must stay there
             return Signs(codes, self.num_examples, dtype)
+        key = codes.data_ptr(), codes.numel(), dtype
         if key not in self._signs:
             # Holding `codes` keeps its address its own.
             self._signs[key] = codes, Signs(codes, self.num_examples, dtype)
@@ -260,7 +260,7 @@ class Draw:
 
     __slots__ = (
         *("_codes", "_factors", "_lead_dims", "_shape", "_sources"),
-        *("execution", "shared", "site", "used"),
+        *("__weakref__", "execution", "shared", "site", "used"),
     )
 
     def __init__(self, site: str, value: Tensor, execution: Execution, lead_dims: int = 0) -> None:
@@ -321,16 +321,18 @@ class Draw:
 class SignFactor:
     """The signs of a draw along one dimension of its value, wherever that goes."""
 
-    __slots__ = ("draw", "dropped")
+    __slots__ = ("_draw", "dropped")
 
     def __init__(self, draw: Draw) -> None:
-        self.draw = draw
+        self._draw = weakref.ref(draw)  # which holds its factors: no cycle, nothing to collect
         self.dropped = False
 
     @property
     def shared(self) -> bool:
         """Whether these signs are not applied."""
-        return self.dropped or self.draw.shared
+        draw = self._draw()
+        assert draw is not None  # every term holds its draws
+        return self.dropped or draw.shared
 
 
 Factor = tuple[SignFactor, Tensor]

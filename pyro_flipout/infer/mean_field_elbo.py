@@ -54,16 +54,19 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
 
 class _LazySite(dict[str, Any]):
-    """A site of a trace whose densities are evaluated when they are asked for."""
+    """A site of a trace whose densities are evaluated when they are asked for.
 
-    trace: Trace
+    It does not know its trace, which knows it: a cycle would keep the tensors of many steps.
+    """
 
     def __missing__(self, key: str) -> Any:
         if key == "score_parts":
             parts = self["fn"].score_parts(self["value"], *self["args"], **self["kwargs"])
             self[key] = parts.scale_and_mask(self["scale"], self["mask"])
         elif key in ("log_prob", "log_prob_sum", "unscaled_log_prob"):
-            self.trace.compute_log_prob(lambda name, site: site is self)
+            alone = Trace()
+            alone.nodes[self["name"]] = self  # type: ignore[assignment]
+            alone.compute_log_prob()
         else:
             raise KeyError(key)
         return self[key]
@@ -73,7 +76,5 @@ def _lazy(trace: Trace) -> Trace:
     """Makes the sample sites of a trace lazy, in place."""
     for name, site in trace.nodes.items():
         if site["type"] == "sample":
-            lazy = _LazySite(site)
-            lazy.trace = trace
-            trace.nodes[name] = lazy  # type: ignore[assignment]
+            trace.nodes[name] = _LazySite(site)  # type: ignore[assignment]
     return trace

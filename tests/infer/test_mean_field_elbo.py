@@ -1,5 +1,8 @@
 """The ELBO without needless densities: the same loss and gradients as Pyro's."""
 
+import gc
+import weakref
+
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
@@ -8,7 +11,7 @@ import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_flipout import flipout
+from pyro_flipout import FlipoutMessenger, flipout
 from pyro_flipout.infer import AutoMeanField, MeanFieldELBO, tempered
 from pyro_flipout.infer._normal_kl import normal_kl
 
@@ -131,3 +134,34 @@ def test_kl_of_normals(prior):
             for kl in (expected, normal_kl(*leaves, *prior))
         )
         torch.testing.assert_close(ours, grads)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("make", [AutoMeanField, AutoNormal])
+def test_a_step_leaves_nothing_to_the_garbage_collector(make):
+    """Cycles would keep the draws of a step until it runs, and it runs when it likes."""
+    alive = []
+
+    class Watched(MeanFieldELBO):
+        def _get_trace(self, *args):
+            traces = super()._get_trace(*args)
+            alive.extend(map(weakref.ref, traces))
+            return traces
+
+    class Handler(FlipoutMessenger):
+        def _flip(self, msg, draw):
+            super()._flip(msg, draw)
+            alive.extend(map(weakref.ref, (msg["value"].execution, *msg["value"].draws)))
+
+    guide = make(regression)
+    svi = SVI(Handler()(regression), guide, pyro.optim.Adam({"lr": 0.01}), Watched())
+    svi.step(X, Y)
+    gc.collect()
+    gc.disable()
+    try:
+        alive.clear()
+        svi.step(X, Y)
+        assert len(alive) == 2 + 2 * 3  # of w, heavy and plain
+        assert [ref() for ref in alive if ref() is not None] == []
+    finally:
+        gc.enable()
