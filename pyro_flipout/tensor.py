@@ -146,7 +146,7 @@ def _is_query(op: Callable[..., Any]) -> bool:
 # -------------------------------------------------------------------- execution
 
 
-_CODES_AT_ONCE = 256
+_CODES_AT_ONCE = 128
 
 
 class Execution:

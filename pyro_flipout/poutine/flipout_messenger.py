@@ -375,10 +375,12 @@ def _strip(fn: Any) -> list[Draw]:
         elif isinstance(obj, (Distribution, Transform)) and id(obj) not in seen:
             seen.add(id(obj))  # transforms refer to their inverses
             for name, item in vars(obj).items():
+                if type(item) in _PLAIN:
+                    continue
                 if isinstance(item, FlipoutTensor):
                     draws += item.draws
                     vars(obj)[name] = item.plain
-                elif type(item) not in _PLAIN:
+                else:
                     todo.append(item)
     return draws
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import pyro.poutine.runtime as runtime
@@ -192,7 +192,7 @@ def _drawn(msg: Message) -> SymmetricDraw | NoDraw:
         return NoDraw(str(why), tell=is_real(prior), source=msg["name"])
     if _is_delta(fn):
         return NoDraw("it is a Delta, which has no perturbation")
-    return _split(fn, value, center, fn)
+    return SymmetricDraw(center, _delta(fn, value, center), fn)
 
 
 def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDraw:
@@ -214,15 +214,19 @@ def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDr
     blocker = _score_function(source, center) or _entangled(name, source, trace)
     if blocker is not None:
         return blocker
-    found = _split(fn, value, center, source["fn"])
-    if source is not node:
-        found = replace(found, view=lambda drawn: _same_view(value, source["value"], drawn))
-    return found
+    if source is node:
+        return SymmetricDraw(center, _delta(fn, value, center), fn)
+    return SymmetricDraw(
+        center,
+        _delta(fn, value, center),
+        source["fn"],
+        lambda drawn: _same_view(value, source["value"], drawn),
+    )
 
 
-def _split(fn: Distribution, value: Tensor, center: Tensor, drawn: Distribution) -> SymmetricDraw:
+def _delta(fn: Distribution, value: Tensor, center: Tensor) -> Tensor:
     kept = symmetric_delta(fn, value)
-    return SymmetricDraw(center, value - center if kept is None else kept, drawn)
+    return value - center if kept is None else kept
 
 
 def _no_source(msg: Message, value: Tensor, trace: Trace) -> NoDraw:
@@ -246,9 +250,9 @@ def _aliased_draw(value: Tensor, trace: Trace) -> Message | None:
 
 def _same_view(view: Tensor, base: Tensor, center: Tensor) -> Tensor:
     """The view of ``center`` that ``view`` is of ``base``."""
-    center = center.expand(base.shape)
-    offset = view.storage_offset() - base.storage_offset()
-    if offset == 0 and view.shape == base.shape and view.stride() == base.stride():
+    shape, offset = base.shape, view.storage_offset() - base.storage_offset()
+    center = center if center.shape == shape else center.expand(shape)
+    if offset == 0 and view.shape == shape and view.stride() == base.stride():
         return center
     if base.is_contiguous() and view.is_contiguous():
         flat = center.reshape(-1)
