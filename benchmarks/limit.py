@@ -13,7 +13,6 @@ same round, medians over the rounds.
 
 import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import pyro
@@ -86,13 +85,7 @@ def main():
         }
         steppers["by hand, shared"] = ByHand(None, args.clock)
         steppers["by hand, flipout"] = ByHand(signs(size), args.clock)
-        seconds, ratios = defaultdict(list), defaultdict(list)
-        for round_ in range(args.warmup + args.rounds):
-            took = {name: stepper.step(x, y) for name, stepper in steppers.items()}
-            if round_ >= args.warmup:
-                for name, s in took.items():
-                    seconds[name].append(s)
-                    ratios[name].append(s / took["plain"])
+        ratios, seconds = step.interleave(args, steppers, x, y)
         for name, found in ratios.items():
             low, high = step.quartiles(found)
             ms = 1e3 * statistics.median(seconds[name])

@@ -236,13 +236,7 @@ def measure(args, net, size):
     names = [n for n in args.estimators if net.peer or "bayesian-torch" not in n]
     steppers = {name: Stepper(name, net, args) for name in ["plain", *names]}
     x, y = net.batch(size, args.device)
-    ratios, seconds = defaultdict(list), defaultdict(list)
-    for round_ in range(args.warmup + args.rounds):
-        took = {name: stepper.step(x, y) for name, stepper in steppers.items()}
-        if round_ >= args.warmup:
-            for name, s in took.items():
-                seconds[name].append(s)
-                ratios[name].append(s / took["plain"])
+    ratios, seconds = interleave(args, steppers, x, y)
     rows = {}
     for name, stepper in steppers.items():
         middle = statistics.median(ratios[name])
@@ -250,6 +244,18 @@ def measure(args, net, size):
         memory = (stepper.peak(x, y), stepper.saved(x, y)) if args.memory else (0, 0)
         rows[name] = middle, low, high, 1e3 * statistics.median(seconds[name]), *memory
     return rows
+
+
+def interleave(args, steppers, x, y):
+    """Ratios to the plain step of the same round, and seconds, by name."""
+    ratios, seconds = defaultdict(list), defaultdict(list)
+    for round_ in range(args.warmup + args.rounds):
+        took = {name: stepper.step(x, y) for name, stepper in steppers.items()}
+        if round_ >= args.warmup:
+            for name, s in took.items():
+                seconds[name].append(s)
+                ratios[name].append(s / took["plain"])
+    return ratios, seconds
 
 
 def quartiles(values):
