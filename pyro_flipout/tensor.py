@@ -371,6 +371,8 @@ class Term:
     @property
     def shared(self) -> bool:
         """Whether no sign is left, so that the term belongs to the centre."""
+        if len(self.draws) == 1:  # a generator costs more than the question
+            return self.draws[0].shared
         return all(draw.shared for draw in self.draws)
 
 
@@ -497,7 +499,10 @@ class FlipoutTensor(Tensor):
 
     def _split(self) -> tuple[Tensor, tuple[Term, ...]]:
         # Terms whose site fell back to its shared draw belong to the centre.
-        if not any(term.shared for term in self._terms):
+        for term in self._terms:
+            if term.shared:
+                break
+        else:
             return self._center, self._terms
         center = self._center
         for term in self._terms:
@@ -526,7 +531,7 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     rule = RULES.get(func)
     if rule is None and _is_query(func):
         return func(*unwrap(args), **unwrap(kwargs))
-    weights = list(_walk((args, kwargs)))
+    weights = _weights((args, kwargs))
     if rule is not None and rule.per_particle and any(w.lead_dims for w in weights):
         return _over_particles(func, args, kwargs, weights)
     flipped = [w for w in weights if w.terms]
@@ -660,15 +665,17 @@ def describe(op: Callable[..., Any]) -> str:
     return str(resolve_name(op) or getattr(op, "__name__", op))
 
 
-def _walk(obj: Any) -> Iterator[FlipoutTensor]:
-    if isinstance(obj, FlipoutTensor):
-        yield obj
-    elif isinstance(obj, (list, tuple)):
-        for item in obj:
-            yield from _walk(item)
-    elif isinstance(obj, dict):
-        for item in obj.values():
-            yield from _walk(item)
+def _weights(args: Iterable[Any]) -> list[FlipoutTensor]:
+    """The flipped weights among arguments and in their lists, tuples and dicts."""
+    found: list[FlipoutTensor] = []
+    for obj in args:
+        if isinstance(obj, FlipoutTensor):
+            found.append(obj)
+        elif isinstance(obj, (list, tuple)):
+            found += _weights(obj)
+        elif isinstance(obj, dict):
+            found += _weights(obj.values())
+    return found
 
 
 def _share(flipped: Sequence[FlipoutTensor], reason: str) -> None:
