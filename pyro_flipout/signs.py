@@ -23,7 +23,6 @@ Memory is O(d) instead of O(N d), and codes do not depend on N.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -138,9 +137,21 @@ class Signs:
         """The same signs in another dtype, which autocast gives to outputs."""
         if self.low.dtype == dtype:
             return self
-        other = copy.copy(self)
+        other = self._copy()
         other.low = self.low.to(dtype)
         other.high = None if self.high is None else self.high.to(dtype)
+        return other
+
+    def of(self, codes: slice) -> Signs:
+        """The signs of some of the codes."""
+        other = self._copy()
+        other.low = self.low[:, codes]
+        other.high = None if self.high is None else self.high[:, codes]
+        return other
+
+    def _copy(self) -> Signs:
+        other = object.__new__(type(self))  # copy.copy takes longer than a small product
+        vars(other).update(vars(self))
         return other
 
     @property
@@ -150,7 +161,7 @@ class Signs:
 
     def cut(self, which: slice) -> Signs:
         """The signs of the examples ``which.start`` to ``which.stop``."""
-        other = copy.copy(self)
+        other = self._copy()
         other.num_examples = which.stop - which.start
         if self.high is None:
             other.low = self.low[which]
@@ -165,11 +176,11 @@ class Signs:
         :param x: any shape, of size N in ``example_dim`` and of size d in ``dim``.
         :param out: where to write; may be ``x``.
         """
-        low, high = self._place(x, example_dim, dim)
         if out is None:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        low, high = self._place(x, example_dim, dim)
         if high is None:
-            return torch.mul(x, low.squeeze(example_dim), out=out)
+            return torch.mul(x, low, out=out)
         for part, y, a, b in self._parts(x, out, low, high, example_dim):
             torch.mul(part, b, out=y)
             y.mul_(a)
@@ -179,7 +190,7 @@ class Signs:
         """``out + x * signs``, in place of ``out`` and at the cost of ``x``."""
         low, high = self._place(x, example_dim, dim)
         if high is None:
-            return out.addcmul_(x, low.squeeze(example_dim))
+            return out.addcmul_(x, low)
         for part, y, a, b in self._parts(x, out, low, high, example_dim):
             y.addcmul_(part.mul_(b), a)
         return out
@@ -193,10 +204,10 @@ class Signs:
         """
         low, high = self._place(out, example_dim, dim)
         along = [1] * low.dim()
-        along[dim + (dim > example_dim)] = -1
+        along[dim if high is None else dim + (dim > example_dim)] = -1
         center, low = center.reshape(along), low * delta.reshape(along)
         if high is None:
-            return out.add_((center + low).squeeze(example_dim))
+            return out.add_(low.add_(center))
         for _, y, a, b in self._parts(out, out, low, high, example_dim):
             y.add_(
                 torch.addcmul(center if y.dim() > out.dim() else center.squeeze(example_dim), b, a)
@@ -207,7 +218,7 @@ class Signs:
         """The sum over the examples of ``x`` ``(N, d)`` times their signs, shape ``(d,)``."""
         low, high = self._place(x, 0, 1)
         if high is None:
-            return torch.mul(x, low.squeeze(0)).sum(0)
+            return torch.mul(x, low).sum(0)
         total = x.new_zeros(self.low.shape)  # (B, d)
         for part, _, a, _b in self._parts(x, x, low, high, 0):
             if part.dim() == 2:  # the examples that are left
@@ -218,15 +229,23 @@ class Signs:
         return total.mul_(self.low).sum(0)
 
     def _place(self, x: Tensor, example_dim: int, dim: int) -> tuple[Tensor, Tensor | None]:
-        """The factors, broadcastable to ``x`` with its example dimension split in two."""
+        """The factors, broadcastable to ``x`` with its example dimension split in two.
+
+        Without high ones they broadcast to ``x`` as it is.
+        """
+        if self.high is None:
+            if x.dim() == 2 and dim == 1:
+                return self.low, None
+            shape = [1] * x.dim()
+            shape[example_dim], shape[dim] = self.low.shape
+            return (self.low.t() if dim < example_dim else self.low).reshape(shape), None
 
         def place(factor: Tensor, where: int) -> Tensor:
             shape = [1] * (x.dim() + 1)
             shape[where], shape[dim + (dim > example_dim)] = factor.shape
             return (factor.t() if dim < example_dim else factor).reshape(shape)
 
-        high = None if self.high is None else place(self.high, example_dim)
-        return place(self.low, example_dim + 1), high
+        return place(self.low, example_dim + 1), place(self.high, example_dim)
 
     def _parts(self, x: Tensor, y: Tensor, low: Tensor, high: Tensor, dim: int) -> list[Any]:
         """The whole blocks of examples, then the examples that are left."""

@@ -171,6 +171,7 @@ class Execution:
         self._on_shared = on_shared or warn_shared
         self._signs: dict[tuple[int, int, torch.dtype], tuple[Tensor, Signs]] = {}
         self._codes: dict[torch.device, tuple[Tensor, int]] = {}  # drawn, and how many are taken
+        self._drawn: dict[int, Tensor] = {}  # all that were drawn, by address
 
     def draw_codes(self, count: int, device: torch.device) -> tuple[Tensor, int]:
         """Random codes of which ``count`` are for nobody else, and where these start.
@@ -178,8 +179,9 @@ class Execution:
         Small weights share a call of the generator.
         """
         codes, start = self._codes.get(device, (None, 0))
-        if codes is None or start + count > len(codes):
+        if codes is None or start + count > codes.numel():
             codes, start = draw_codes((max(count, _CODES_AT_ONCE),), device), 0
+            self._drawn[codes.data_ptr()] = codes
         self._codes[device] = codes, start + count
         return codes, start
 
@@ -220,8 +222,20 @@ class Execution:
         key = codes.data_ptr(), codes.numel(), dtype
         if key not in self._signs:
             # Holding `codes` keeps its address its own.
-            self._signs[key] = codes, Signs(codes, self.num_examples, dtype)
+            self._signs[key] = codes, self._new_signs(codes, dtype)
         return self._signs[key][1]
+
+    def _new_signs(self, codes: Tensor, dtype: torch.dtype) -> Signs:
+        """Signs of ``codes``, cut from those of all codes that were drawn with them."""
+        assert self.num_examples is not None
+        drawn = self._drawn.get(codes.untyped_storage().data_ptr())
+        if drawn is not None and codes.is_contiguous():
+            last, taken = self._codes[codes.device]
+            drawn = drawn[:taken] if drawn is last else drawn
+            start, count = codes.storage_offset(), codes.numel()
+            if drawn.numel() > count:
+                return self.factored_signs(drawn, dtype).of(slice(start, start + count))
+        return Signs(codes, self.num_examples, dtype)
 
     def has_particles(self, data: Tensor, particles: int) -> bool:
         """Whether ``data`` are ``(K, N, ...)``, with one slice for each of K particles.

@@ -192,6 +192,9 @@ _WHOLE = slice(None)
 
 def _chunks(data: Tensor, out: Tensor, *placed: Placed | None) -> Iterator[tuple[Any, ...]]:
     """Cuts the examples: yields their rows, and the signs there of each of ``placed``."""
+    if data.nbytes + out.nbytes < 2 * _CHUNK_BYTES:
+        yield _WHOLE, *placed
+        return
     signs = [p for p in placed if p is not None]
     if any(p[1] for p in signs) or data.device.type != "cpu" or not signs:
         yield _WHOLE, *placed

@@ -63,10 +63,12 @@ def _in_one_kernel(
 def _linear_backward(
     grad: Tensor, input: Tensor, weight: Tensor, need: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    return (
-        grad @ weight if need[0] else None,
-        grad.flatten(0, -2).t() @ input.flatten(0, -2) if need[1] else None,
-    )
+    grad_input = grad @ weight if need[0] else None
+    if not need[1]:
+        return grad_input, None
+    if input.dim() > 2:
+        grad, input = grad.flatten(0, -2), input.flatten(0, -2)
+    return grad_input, grad.t() @ input
 
 
 LINEAR = Kernel(F.linear, _linear_backward)

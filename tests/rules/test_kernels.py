@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pyro_flipout.rules import _product
-from pyro_flipout.signs import Signs, draw_codes
+from pyro_flipout.signs import Signs, dense_signs, draw_codes
 from pyro_flipout.tensor import Draw, Execution, FlipoutTensor, Term, flip
 
 N = 3
@@ -153,3 +153,17 @@ def test_no_two_draws_share_a_code(count):
     codes = torch.cat([c.flatten() for w in weights for c in w.draws[0].codes])
     assert len(codes) == 3 * (count + 2 + 3)
     assert len(codes.unique()) == len(codes)
+
+
+@pytest.mark.parametrize("num_examples", [1, 5, 128, 129, 1000])
+@pytest.mark.parametrize("shapes", [[(3, 4), (3,)], [(40, 100), (200, 30), (2,)]])
+def test_signs_of_codes_that_were_drawn_together(shapes, num_examples):
+    """Small draws share a vector of codes, whose signs are formed at once."""
+    execution = Execution()
+    execution.count(num_examples, "data")
+    for _ in range(2):  # the second time with codes that were drawn after the first
+        draws = [Draw("w", torch.empty(shape), execution) for shape in shapes]
+        for codes in (c.flatten() for draw in draws for c in draw.codes):
+            signs = execution.factored_signs(codes, torch.float64)
+            found = signs.times(torch.ones(num_examples, len(codes), dtype=torch.float64), 0, 1)
+            assert torch.equal(found, dense_signs(codes, num_examples, torch.float64))
