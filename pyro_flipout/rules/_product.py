@@ -315,12 +315,13 @@ def _fused(
     x, center, delta, *biases = autocast(data, center, delta, *bias[:2])
     signs = before[0] if before else None, after[0] if after else None, bias[2]
     placed = [p and (p[0].to(x.dtype), *p[1:]) for p in signs]
-    with torch.autocast(x.device.type, enabled=False):
-        out: Tensor = _apply(x, center, delta, *biases, kernel, *placed)
-    return out
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _apply(x, center, delta, *biases, kernel, *placed)
+    return _apply(x, center, delta, *biases, kernel, *placed)
 
 
-_apply: Callable[..., Any] = _FlippedProduct.apply
+_apply: Callable[..., Tensor] = _FlippedProduct.apply
 
 
 def _of_center(
