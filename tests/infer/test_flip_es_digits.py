@@ -91,7 +91,7 @@ def test_planted_bug(monkeypatch):
 
     def few_bits(self, *args):
         right(self, *args)
-        self.factors = tuple((source, codes & 7) for source, codes in self.factors)
+        self._factors = tuple((source, codes & 7) for source, codes in self.factors)
 
     monkeypatch.setattr(_es_population.MemberDraw, "__init__", few_bits)
     with pytest.raises(AssertionError):
