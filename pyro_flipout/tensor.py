@@ -35,7 +35,7 @@ from torch._compile import _disable_dynamo
 from torch.overrides import resolve_name
 
 from pyro_flipout._modes import transformed
-from pyro_flipout.errors import ExampleDimError, MissingRuleError, warn
+from pyro_flipout.errors import ExampleDimError, FlipoutError, MissingRuleError, warn
 from pyro_flipout.signs import Signs, dense_signs, draw_codes
 
 __all__ = [
@@ -147,6 +147,7 @@ def _is_query(op: Callable[..., Any]) -> bool:
 
 
 _CODES_AT_ONCE = 128
+"""Enough for all weights of a small network, and no large request to the allocator."""
 
 
 class Execution:
@@ -177,7 +178,18 @@ class Execution:
         """Random codes of which ``count`` are for nobody else, and where these start.
 
         Small weights share a call of the generator.
+
+        :raises FlipoutError: under ``torch.func.vmap`` with ``randomness="different"``.
         """
+        if transformed():  # what is made inside torch.func must stay there
+            own = draw_codes((count,), device)
+            if torch._C._functorch.is_batchedtensor(own):
+                raise FlipoutError(
+                    'flipout: a weight was made inside torch.func.vmap with randomness="different",'
+                    " expected signs that its calls have in common; make it outside of vmap, pass "
+                    'randomness="same", or draw particles with vectorize_particles=True'
+                )
+            return own, 0
         codes, start = self._codes.get(device, (None, 0))
         if codes is None or start + count > codes.numel():
             codes, start = draw_codes((max(count, _CODES_AT_ONCE),), device), 0

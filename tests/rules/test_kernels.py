@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pyro_flipout import FlipoutError
 from pyro_flipout.rules import _product
 from pyro_flipout.signs import Signs, dense_signs, draw_codes
 from pyro_flipout.tensor import Draw, Execution, FlipoutTensor, Term, flip
@@ -167,3 +168,44 @@ def test_signs_of_codes_that_were_drawn_together(shapes, num_examples):
             signs = execution.factored_signs(codes, torch.float64)
             found = signs.times(torch.ones(num_examples, len(codes), dtype=torch.float64), 0, 1)
             assert torch.equal(found, dense_signs(codes, num_examples, torch.float64))
+
+
+def test_weights_made_inside_torch_func():
+    """Codes and all: nothing of it may be asked for its address there, or stay."""
+    x, center, delta = (torch.randn(s, dtype=torch.float64) for s in ((N, 3), (2, 3), (2, 3)))
+    execution = Execution()
+    flip(center, center, site="before", execution=execution)  # codes are left over from outside
+
+    def total(center, delta):
+        torch.manual_seed(1)
+        weight = flip(center + delta, center, delta, execution=execution)
+        return F.linear(x, weight).sin().sum()
+
+    found = torch.func.grad(total, argnums=(0, 1))(center, delta)
+    torch.manual_seed(1)
+    apart = [t.requires_grad_() for t in (center, delta)]
+    weight = flip(center + delta, center, delta)  # of an execution that has no codes left over
+    expected = torch.autograd.grad(F.linear(x, weight).sin().sum(), apart)
+    for ours, grad in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, grad)
+    after = flip(center, center, site="after", execution=execution)
+    assert not any(map(torch._C._functorch.is_functorch_wrapped_tensor, after.draws[0].codes))
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_weights_made_inside_vmap(randomness):
+    x, center, delta = torch.randn(4, N, 3), torch.randn(2, 3), torch.randn(2, 3)
+
+    def fn(x):
+        return F.linear(x, flip(center + delta, center, delta))
+
+    mapped = torch.func.vmap(fn, randomness=randomness)
+    if randomness == "different":
+        with pytest.raises(FlipoutError, match=r'randomness="same"'):
+            mapped(x)
+        return
+    torch.manual_seed(2)
+    found = mapped(x)
+    for k in range(4):
+        torch.manual_seed(2)
+        torch.testing.assert_close(found[k], fn(x[k]))
