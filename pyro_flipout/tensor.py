@@ -297,7 +297,7 @@ class Draw:
         self._shape, self._lead_dims = value.shape, lead_dims
         self._factors: tuple[Factor, ...] | None = None
         lead, event = self._shape[:lead_dims].numel(), self._shape[lead_dims:]
-        self._sources = tuple(SignFactor(self) for _ in range(min(2, len(event)) or 1))
+        self._sources: tuple[SignFactor, ...] | None = None
         self._codes = execution.draw_codes(lead * (sum(event[:2]) if event else 1), value.device)
 
     @property
@@ -307,6 +307,8 @@ class Draw:
             return self._factors
         lead, event = tuple(self._shape[: self._lead_dims]), tuple(self._shape[self._lead_dims :])
         codes, start = self._codes
+        if self._sources is None:
+            self._sources = tuple(SignFactor(self) for _ in range(min(2, len(event)) or 1))
         factors = []
         for dim, source in enumerate(self._sources):
             shape = (*lead, *(size if d == dim else 1 for d, size in enumerate(event)))
@@ -557,7 +559,7 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     rule = RULES.get(func)
     if rule is None and _is_query(func):
         return func(*unwrap(args), **unwrap(kwargs))
-    weights = _weights((args, kwargs))
+    weights = _weights((*args, kwargs) if kwargs else args)
     if rule is not None and rule.per_particle and any(w.lead_dims for w in weights):
         return _over_particles(func, args, kwargs, weights)
     flipped = [w for w in weights if w.terms]

@@ -95,6 +95,7 @@ class Slot:
         self.start = start
         self.shape = shape
         self.drawn = drawn
+        self.together = None if drawn is None else noise
         self.last: tuple[Tensor, Tensor] | None = None
 
     def draw(self, loc: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
@@ -138,6 +139,11 @@ class _KeepsDelta:
         value = self.loc + delta
         self._slot.last = (value, delta)
         return value
+
+    @property
+    def drawn_together(self) -> Noise | None:
+        """What all sites of the guide have in common if one call drew them, else None."""
+        return self._slot.together
 
     def symmetric_delta(self, value: Tensor) -> Tensor | None:
         """See :func:`pyro_flipout.symmetric.symmetric_delta`."""

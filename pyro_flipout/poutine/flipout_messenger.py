@@ -174,7 +174,8 @@ class FlipoutMessenger(Messenger):
             msg["continuation"] = _Continuation(lambda m: m.update(value=flipped), msg)
         if not msg["is_observed"] or msg["infer"].get("_deterministic"):
             # Densities are those of the shared draw, in a prior's parameters too.
-            draws = [d for fn in (msg["fn"], msg["infer"].get("prior")) for d in _strip(fn)]
+            prior = msg["infer"].get("prior")
+            draws = _strip(msg["fn"] if prior is None else [msg["fn"], prior])
             if draws and not msg["is_observed"]:
                 msg["continuation"] = _Continuation(lambda m: self._check_prior(m, draws), msg)
 
@@ -267,9 +268,11 @@ class FlipoutMessenger(Messenger):
 
     def _execution_of(self, name: str) -> Execution:
         """The current execution: a new one for a new trace, or when a site comes again."""
-        trace = next(
-            (f.trace for f in reversed(runtime._PYRO_STACK) if isinstance(f, TraceMessenger)), None
-        )
+        trace = None
+        for frame in reversed(runtime._PYRO_STACK):
+            if isinstance(frame, TraceMessenger):
+                trace = frame.trace
+                break
         if self._execution is None or name in self._sites or trace is not self._trace():
             self._execution = Execution(self.example_dim, self.on_missing_rule, self._share)
             self._sites = set()
@@ -351,7 +354,8 @@ def _names(option: str, names: Iterable[str] | None) -> frozenset[str] | None:
 
 def _particle_dims(msg: Message) -> int:
     """Number of leading particle dimensions of a weight's value, else 0."""
-    if not any(f.name in PARTICLE_PLATES for f in msg["cond_indep_stack"]):
+    plates = msg["cond_indep_stack"]
+    if not plates or not any(f.name in PARTICLE_PLATES for f in plates):
         return 0
     event_dim = getattr(msg["fn"], "event_dim", 0)
     return max(msg["value"].dim() - event_dim, 0) if event_dim else 0

@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 
 import pyro.poutine.runtime as runtime
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Independent
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
@@ -197,7 +197,6 @@ def _drawn(msg: Message) -> SymmetricDraw | NoDraw:
 
 def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDraw:
     name, fn, value = node["name"], node["fn"], node["value"]
-    tell = is_real(msg["fn"])
     source, center = node, None
     if _is_delta(fn):
         found = _aliased_draw(value, trace)
@@ -208,7 +207,7 @@ def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDr
         center = symmetric_center(source["fn"])
     except NotSymmetricError as why:
         reason = f"the guide draws '{source['name']}' jointly or skewed: {why}"
-        return NoDraw(reason, tell, source["name"])
+        return NoDraw(reason, is_real(msg["fn"]), source["name"])
     if source is not node:
         center = _same_view(value, source["value"], center)
     blocker = _score_function(source, center) or _entangled(name, source, trace)
@@ -309,36 +308,57 @@ class _GuideGraph:
 
     def __init__(self, trace: Trace) -> None:
         self.draws: dict[Any, str] = {}
-        self._bare: set[Any] = set()  # outputs that no draw is upstream of
-        sites = [(str(n), node) for n, node in trace.nodes.items() if node["type"] == "sample"]
+        self._bare: set[Any] = set()  # nodes whose inputs no draw is upstream of
         self.storages: dict[int, Message] = {}
-        for name, node in sites:
-            value = node["value"]
-            if not isinstance(value, Tensor):
+        drawn = []
+        for name, node in trace.nodes.items():
+            if node["type"] != "sample":
                 continue
-            if value.grad_fn is not None:
-                self.draws[value.grad_fn, value.output_nr] = name
-            if not node["is_observed"] and not _is_delta(node["fn"]):
-                self.storages.setdefault(value.untyped_storage().data_ptr(), node)
+            fn, value = node["fn"], node["value"]
+            if isinstance(value, Tensor):
+                if value.grad_fn is not None:
+                    self.draws[value.grad_fn, value.output_nr] = str(name)
+                if not node["is_observed"] and not _is_delta(fn):
+                    self.storages.setdefault(value.untyped_storage().data_ptr(), node)
+            drawn.append((str(name), fn))
         self.dependents: dict[str, list[str]] = {}
-        for name, node in sites:
-            for source in self.upstream(_tensors(node["fn"])) - {name}:
-                self.dependents.setdefault(source, []).append(name)
+        if _drawn_together(fn for _, fn in drawn):
+            return
+        for name, fn in drawn:
+            for source in self.upstream(_tensors(fn)):
+                if source != name:
+                    self.dependents.setdefault(source, []).append(name)
 
     def upstream(self, tensors: Iterable[Tensor]) -> set[str]:
         """Names of the draws that ``tensors`` are computed from."""
-        todo: list[Any] = [(t.grad_fn, t.output_nr) for t in tensors if t.grad_fn is not None]
-        found, seen = set(), set()
+        todo: list[Any] = [(t.grad_fn, t.output_nr) for t in tensors]
+        found, seen, nodes = set(), set(), set()
         while todo:
             step = todo.pop()
-            if step not in seen and step not in self._bare:
-                seen.add(step)
-                if step in self.draws:
-                    found.add(self.draws[step])
-                todo += [edge for edge in step[0].next_functions if edge[0] is not None]
+            if step in seen or step[0] is None:
+                continue
+            seen.add(step)
+            if step in self.draws:
+                found.add(self.draws[step])
+            if step[0] not in self._bare and step[0] not in nodes:
+                nodes.add(step[0])
+                todo += step[0].next_functions
         if not found:
-            self._bare |= seen
+            self._bare |= nodes
         return found
+
+
+def _drawn_together(fns: Iterable[Any]) -> bool:
+    """Whether all of a guide's distributions say that they were drawn at once, from its parameters.
+
+    Then none of the draws can be a parameter of another.
+    """
+    draws = set()
+    for fn in fns:
+        while type(fn) is Independent:
+            fn = fn.base_dist
+        draws.add(getattr(fn, "drawn_together", None))
+    return len(draws) == 1 and None not in draws
 
 
 _GRAPHS: weakref.WeakKeyDictionary[Trace, _GuideGraph] = weakref.WeakKeyDictionary()
@@ -346,9 +366,10 @@ _GRAPHS: weakref.WeakKeyDictionary[Trace, _GuideGraph] = weakref.WeakKeyDictiona
 
 def _guide_graph(trace: Trace) -> _GuideGraph:
     """The graph of a guide's trace, made once for all sites."""
-    if trace not in _GRAPHS:
-        _GRAPHS[trace] = _GuideGraph(trace)
-    return _GRAPHS[trace]
+    graph = _GRAPHS.get(trace)
+    if graph is None:
+        graph = _GRAPHS[trace] = _GuideGraph(trace)
+    return graph
 
 
 def _tensors(fn: Any) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from pyro.infer import SVI, JitTrace_ELBO, Predictive, Trace_ELBO, TraceMeanFiel
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch.distributions import biject_to
 
-from pyro_flipout import flipout, symmetric_center
+from pyro_flipout import FlipoutWarning, flipout, symmetric_center
 from pyro_flipout.infer import AutoMeanField, _common_draw
 from pyro_flipout.symmetric import symmetric_delta
 from tests.helpers import Recording, Regression, Z, check_network, mlp, randomize
@@ -277,6 +277,37 @@ def test_the_common_draw_is_one_node_and_the_sites_are_apart():
     handler = Recording(on_missing_rule="error")
     poutine.replay(handler(model), trace=trace)(x)
     assert set(handler.seen) == set(names)
+
+
+@pytest.mark.parametrize("more", ["site", "guide"])
+def test_what_a_larger_guide_makes_of_the_common_draw_is_seen(more):
+    """Sites drawn at once are independent, but others may depend on them."""
+    model, inner, x, _ = setup()
+
+    def larger(x):
+        v = pyro.sample("v", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        return model(x) + v[0]
+
+    def guide(x, y=None):
+        first = inner(x)["net.0.weight"][0]
+        if more == "site":
+            pyro.sample("v", dist.Normal(first, 0.1).to_event(1))
+        else:
+            other.loc = first
+            other(x)
+
+    class Other(AutoMeanField):
+        """Of another name in the parameter store."""
+
+    other = Other(lambda x: pyro.sample("v", dist.Normal(torch.zeros(3), 1.0).to_event(1)))
+    other(x)
+    del other.loc
+    handler = Recording()
+    trace = poutine.trace(guide).get_trace(x)
+    with pytest.warns(FlipoutWarning, match="site 'v' depends on it"):
+        poutine.replay(handler(larger), trace=trace)(x)
+    assert "depends" in handler.decisions["net.0.weight"]
+    assert handler.decisions["net.0.bias"] == handler.decisions["v"] == "flipped"
 
 
 def test_the_common_draw_serves_once():

@@ -75,6 +75,26 @@ def test_a_few_examples_at_a_time_are_all_of_them(name, num_examples, parts, mon
         torch.testing.assert_close(whole, cut)
 
 
+@pytest.mark.parametrize("size", [2**30, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_that_cancel_give_zero(dtype, size, monkeypatch):
+    """DropConnect: an output whose weights are all dropped is 0, where a ReLU has no slope."""
+    monkeypatch.setattr(_product, "_CHUNK_BYTES", size)
+    torch.manual_seed(0)
+    execution = Execution()
+
+    def dropped(site, *shape):
+        center = torch.randn(shape, dtype=dtype)
+        delta = center * (2 * torch.randint(2, shape) - 1)
+        return flip(center + delta, center, delta, site=site, execution=execution)
+
+    weight, bias = dropped("w", 50, 3), dropped("b", 50)
+    out = F.linear(torch.randn(200, 3, dtype=dtype), weight, bias)  # (N, 6)
+    zero = (weight.materialize() == 0).all(-1) & (bias.materialize() == 0)
+    assert zero.sum() > 200
+    assert (out[zero] == 0).all()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_one_example_sees_the_shared_draw(name):
     op, data, weight = CASES[name]
