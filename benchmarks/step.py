@@ -250,7 +250,10 @@ def interleave(args, steppers, x, y):
     """Ratios to the plain step of the same round, and seconds, by name."""
     ratios, seconds = defaultdict(list), defaultdict(list)
     for round_ in range(args.warmup + args.rounds):
-        took = {name: stepper.step(x, y) for name, stepper in steppers.items()}
+        took = {
+            name: statistics.median(stepper.step(x, y) for _ in range(args.steps))
+            for name, stepper in steppers.items()
+        }
         if round_ >= args.warmup:
             for name, s in took.items():
                 seconds[name].append(s)
@@ -298,6 +301,9 @@ def parse():
     parser.add_argument("--sizes", type=int, nargs="+", help="default: those that suit the net")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument(
+        "--steps", type=int, default=1, help="in a row, as in training; their median counts"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bf16"])

@@ -25,6 +25,7 @@ from pyro_flipout.poutine.symmetric_draw import (
     depends,
     find_symmetric_draw,
     replayed_site,
+    without_events,
 )
 from pyro_flipout.tensor import Draw, Execution, FlipoutTensor, batched, flip
 
@@ -363,7 +364,7 @@ def _particle_dims(msg: Message) -> int:
 
 def _is_discrete(fn: Any) -> bool:
     try:
-        return bool(fn.support.is_discrete)
+        return bool(without_events(fn).support.is_discrete)
     except (AttributeError, NotImplementedError):
         return False
 
@@ -371,7 +372,7 @@ def _is_discrete(fn: Any) -> bool:
 def _strip(fn: Any) -> list[Draw]:
     """Replaces flipped weights in a distribution by their shared draws, in place."""
     draws: list[Draw] = []
-    seen, todo = set(), [fn]
+    seen, todo = set(), [without_events(fn)]
     while todo:
         obj = todo.pop()
         if isinstance(obj, (list, tuple)):

@@ -21,7 +21,7 @@ alone. This module only *finds* the draw; what to do with it is the estimator's.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -355,9 +355,7 @@ def _drawn_together(fns: Iterable[Any]) -> bool:
     """
     draws = set()
     for fn in fns:
-        while type(fn) is Independent:
-            fn = fn.base_dist
-        draws.add(getattr(fn, "drawn_together", None))
+        draws.add(getattr(without_events(fn), "drawn_together", None))
     return len(draws) == 1 and None not in draws
 
 
@@ -372,18 +370,27 @@ def _guide_graph(trace: Trace) -> _GuideGraph:
     return graph
 
 
-def _tensors(fn: Any) -> Iterator[Tensor]:
+def _tensors(fn: Any) -> list[Tensor]:
     """The tensors that a distribution is made of."""
-    seen, todo = set(), [fn]
+    found: list[Tensor] = []
+    seen, todo = set(), [without_events(fn)]
     while todo:
         obj = todo.pop()
         if isinstance(obj, Tensor):
-            yield obj
+            found.append(obj)
         elif isinstance(obj, (list, tuple)):
             todo += obj
         elif isinstance(obj, (Distribution, Transform)) and id(obj) not in seen:
             seen.add(id(obj))  # transforms refer to their inverses
             todo += [item for item in vars(obj).values() if type(item) not in ATOMS]
+    return found
+
+
+def without_events(fn: Any) -> Any:
+    """What ``to_event`` was called on, which holds all the parameters."""
+    while type(fn) is Independent:
+        fn = fn.base_dist
+    return fn
 
 
 ATOMS = frozenset({torch.Size, type(None), bool, int, float, str})
@@ -399,7 +406,7 @@ def _is_delta(fn: Any) -> bool:
 def is_real(fn: Any) -> bool:
     """Whether the support of ``fn`` is unconstrained."""
     try:
-        support = fn.support
+        support = without_events(fn).support
     except (AttributeError, NotImplementedError):
         return False
     while isinstance(support, constraints.independent):
