@@ -268,7 +268,8 @@ def _of_base(dist: Any) -> Tensor:
 @register_symmetric(torch_dist.TransformedDistribution)
 def _affine_image(dist: torch_dist.TransformedDistribution) -> Tensor:
     """The image of the base's centre, only if every transform is affine by element."""
-    center = _center(dist.base_dist)
+    base = dist.base_dist
+    center = _center(base)
     for transform in dist.transforms:
         try:
             center = _affine(transform, center)
@@ -277,6 +278,12 @@ def _affine_image(dist: torch_dist.TransformedDistribution) -> Tensor:
                 f"{type(dist).__name__} is not known to be symmetric: its transform {why} is not "
                 "affine element by element"
             ) from None
+    shapes = [d.batch_shape + d.event_shape for d in (base, dist)]
+    if shapes[0].numel() != shapes[1].numel():  # torch expands the batch alone
+        raise NotSymmetricError(
+            f"{type(dist).__name__} is not factorised: it makes {tuple(shapes[1])} of a base "
+            f"distribution over {tuple(shapes[0])}, so that elements have their noise in common"
+        )
     return center
 
 

@@ -568,6 +568,8 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     try:
         if rule is None:
             raise NoRule("there is no flipout rule")
+        if kwargs.get("out") is not None:
+            raise NoRule("the result is written into out=; use what the call returns instead")
         return rule.apply(func, *args, **kwargs)
     except NoRule as why:
         _missing_rule(describe(func), why.weights or flipped, str(why))

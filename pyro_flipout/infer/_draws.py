@@ -126,13 +126,16 @@ def _plain(family: Any, state: dict[str, Any]) -> Any:
 class _KeepsDelta:
     """Mixin: draws ``loc + delta`` and keeps ``delta``."""
 
-    _slot: Slot
+    _slot: Slot | None = None  # of an instance that is made by its class, as reparametrisations do
     _family: type
     loc: Tensor
     scale: Tensor
 
     def rsample(self, sample_shape: Any = _SCALAR) -> Tensor:
         shape = self._extended_shape(sample_shape)  # type: ignore[attr-defined]
+        if self._slot is None:
+            sample: Tensor = super().rsample(sample_shape)  # type: ignore[misc]
+            return sample
         if not sample_shape:
             return self._slot.draw(self.loc, self.scale, shape)
         delta = self.scale * self._slot.noise.fresh(shape)
@@ -143,11 +146,11 @@ class _KeepsDelta:
     @property
     def drawn_together(self) -> Noise | None:
         """What all sites of the guide have in common if one call drew them, else None."""
-        return self._slot.together
+        return None if self._slot is None else self._slot.together
 
     def symmetric_delta(self, value: Tensor) -> Tensor | None:
         """See :func:`pyro_flipout.symmetric.symmetric_delta`."""
-        last = self._slot.last
+        last = None if self._slot is None else self._slot.last
         return last[1] if last is not None and last[0] is value else None
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:

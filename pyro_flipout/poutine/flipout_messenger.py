@@ -103,6 +103,7 @@ class FlipoutMessenger(Messenger):
         self.decisions: dict[str, str] = {}
         self._shared: dict[str, str] = {}
         self._told: set[str] = set()
+        self._joint: dict[str, NoDraw] = {}
         self._forget()
 
     def _check_choice(self) -> None:
@@ -219,12 +220,23 @@ class FlipoutMessenger(Messenger):
                 return NoDraw(f"it is local to the plate '{plates[0]}'")
             if _is_discrete(msg["fn"]):
                 return NoDraw("it is discrete")
-        found = find_symmetric_draw(msg, vouched=named)
+        found = self._remembered(name, find_symmetric_draw(msg, vouched=named))
         if wish and isinstance(found, NoDraw) and found.tell:
             raise FlipoutError(
                 f"flipout: site '{name}' has infer={{\"flipout\": True}}, but {found.reason}; "
                 "remove the mark or change the distribution"
             )
+        return found
+
+    def _remembered(self, name: str, found: SymmetricDraw | NoDraw) -> SymmetricDraw | NoDraw:
+        """What was found of a site while autograd recorded what depends on what."""
+        if isinstance(found, NoDraw):
+            if found.joint:
+                self._joint[name] = found
+        elif torch.is_grad_enabled():
+            self._joint.pop(name, None)
+        elif name in self._joint:
+            return self._joint[name]
         return found
 
     def _hides(self, msg: Message) -> bool:

@@ -88,11 +88,13 @@ class NoDraw:
     :ivar reason: why, in words.
     :ivar tell: whether the user would want to know.
     :ivar source: what the reason is about; one warning is given for each.
+    :ivar joint: whether the value and another draw depend on each other.
     """
 
     reason: str
     tell: bool = False
     source: str = ""
+    joint: bool = False
 
 
 # Handlers of Pyro that leave the value of an unobserved continuous site alone, or mark
@@ -134,6 +136,12 @@ def find_symmetric_draw(msg: Message, vouched: bool = False) -> SymmetricDraw | 
         return NoDraw("it is observed")
     if msg.get("_intervener_id") is not None:
         return NoDraw("it is intervened on, and nothing in the model uses it")
+    if _is_equalized(msg):
+        return NoDraw(
+            "poutine.equalize gives its one value to other sites too",
+            tell=True,
+            source=msg["name"],
+        )
     replayed = replayed_site(msg)
     if replayed is not None:
         return _replayed(msg, *replayed)
@@ -154,6 +162,13 @@ def replayed_site(msg: Message) -> tuple[Message, Trace] | None:
             if node is not None and node["value"] is value:
                 return node, frame.trace
     return None
+
+
+def _is_equalized(msg: Message) -> bool:
+    return any(
+        isinstance(frame, EqualizeMessenger) and frame._is_matching(msg)
+        for frame in runtime._PYRO_STACK
+    )
 
 
 def _value_setter(name: str, vouched: bool) -> NoDraw | None:
@@ -196,7 +211,7 @@ def _drawn(msg: Message) -> SymmetricDraw | NoDraw:
 
 
 def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDraw:
-    name, fn, value = node["name"], node["fn"], node["value"]
+    fn, value = node["fn"], node["value"]
     source, center = node, None
     if _is_delta(fn):
         found = _aliased_draw(value, trace)
@@ -210,7 +225,7 @@ def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDr
         return NoDraw(reason, is_real(msg["fn"]), source["name"])
     if source is not node:
         center = _same_view(value, source["value"], center)
-    blocker = _score_function(source, center) or _entangled(name, source, trace)
+    blocker = _score_function(source, center) or _entangled(node, source, trace)
     if blocker is not None:
         return blocker
     if source is node:
@@ -229,7 +244,8 @@ def _delta(fn: Distribution, value: Tensor, center: Tensor) -> Tensor:
 
 
 def _no_source(msg: Message, value: Tensor, trace: Trace) -> NoDraw:
-    names = sorted(_guide_graph(trace).upstream([value]) - {msg["name"]})
+    graph = _guide_graph(trace)
+    names = sorted(graph.upstream([value]) - {msg["name"]}) or graph.untracked
     if not names:
         return NoDraw("the guide has a point there (a Delta), which has no perturbation")
     return NoDraw(
@@ -280,14 +296,64 @@ def _score_function(source: Message, center: Tensor) -> NoDraw | None:
     )
 
 
-def _entangled(name: str, source: Message, trace: Trace) -> NoDraw | None:
-    """Refuses draws that another site of the guide depends on."""
+def _entangled(node: Message, source: Message, trace: Trace) -> NoDraw | None:
+    """Refuses draws that another site of the guide depends on, or has elements of."""
+    name, graph = node["name"], _guide_graph(trace)
     auxiliary = source["infer"].get("is_auxiliary")
-    for other in _guide_graph(trace).dependents.get(source["name"], ()):
+    other: str | None
+    for other in graph.dependents.get(source["name"], ()):
         # Autoguides cut an auxiliary draw into disjoint parts.
         if other != name and not (auxiliary and _is_delta(trace.nodes[other]["fn"])):
-            return NoDraw(depends(other, name), tell=True, source=name)
+            return NoDraw(depends(other, name), tell=True, source=name, joint=True)
+    value = node["value"]
+    if source is not node and not auxiliary:
+        return NoDraw(depends(name, source["name"]), tell=True, source=name, joint=True)
+    other = graph.clashes(value).get(name)
+    if other is not None:
+        return NoDraw(depends(other, name), tell=True, source=name, joint=True)
+    if _repeats(value):
+        reason = "several of its elements are one element of the guide's draw"
+        return NoDraw(reason, tell=True, source=name, joint=True)
     return None
+
+
+def _clashes(views: list[tuple[str, Tensor]]) -> dict[str, str]:
+    """Of views of one storage, by name, those that have elements in common: with which."""
+    found: dict[str, str] = {}
+    reached: list[tuple[str, Tensor]] = []
+    for name, view in sorted(views, key=lambda named: _extent(named[1])):
+        reached = [(n, v) for n, v in reached if _extent(v)[1] >= view.storage_offset()]
+        for other, before in reached:
+            both = torch.cat([_elements(t).unique() for t in (view, before)])
+            if len(both.unique()) < len(both):
+                found.setdefault(name, other)
+                found.setdefault(other, name)
+        reached.append((name, view))
+    return found
+
+
+def _repeats(x: Tensor) -> bool:
+    """Whether a view reaches an element more than once, as ``expand`` and ``unfold`` make it."""
+    if x.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return len(_elements(x).unique()) < x.numel()
+        reach += (size - 1) * stride
+    return False
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """Its first and its last element in the storage."""
+    reach = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return int(x.storage_offset()), int(x.storage_offset() + reach)
+
+
+def _elements(x: Tensor) -> Tensor:
+    """Where each element lies in the storage."""
+    places = torch.arange(_extent(x)[1] + 1)
+    return places.as_strided(x.shape, x.stride(), x.storage_offset()).flatten()
 
 
 def depends(name: str, on: str) -> str:
@@ -303,6 +369,8 @@ class _GuideGraph:
 
     :ivar draws: the draw that an output of an autograd node is.
     :ivar storages: the draw whose value has its storage at an address.
+    :ivar views: names and values of the model's sites there.
+    :ivar untracked: auxiliary draws without history, so that nobody knows what they are used for.
     :ivar dependents: for every draw, the sites whose distribution depends on it.
     """
 
@@ -310,6 +378,9 @@ class _GuideGraph:
         self.draws: dict[Any, str] = {}
         self._bare: set[Any] = set()  # nodes whose inputs no draw is upstream of
         self.storages: dict[int, Message] = {}
+        self.views: dict[int, list[tuple[str, Tensor]]] = {}
+        self._clashes: dict[int, dict[str, str]] = {}
+        self.untracked: list[str] = []
         drawn = []
         for name, node in trace.nodes.items():
             if node["type"] != "sample":
@@ -318,8 +389,9 @@ class _GuideGraph:
             if isinstance(value, Tensor):
                 if value.grad_fn is not None:
                     self.draws[value.grad_fn, value.output_nr] = str(name)
-                if not node["is_observed"] and not _is_delta(fn):
-                    self.storages.setdefault(value.untyped_storage().data_ptr(), node)
+                address = value.untyped_storage().data_ptr()
+                if not node["is_observed"]:
+                    self._add(str(name), node, value, address)
             drawn.append((str(name), fn))
         self.dependents: dict[str, list[str]] = {}
         if _drawn_together(fn for _, fn in drawn):
@@ -328,6 +400,25 @@ class _GuideGraph:
             for source in self.upstream(_tensors(fn)):
                 if source != name:
                     self.dependents.setdefault(source, []).append(name)
+
+    def _add(self, name: str, node: Message, value: Tensor, address: int) -> None:
+        auxiliary = node["infer"].get("is_auxiliary")
+        is_point = _is_delta(node["fn"])
+        if value.numel() and (is_point or not auxiliary):
+            self.views.setdefault(address, []).append((name, value))
+        if not is_point:
+            self.storages.setdefault(address, node)
+            if auxiliary and value.grad_fn is None:
+                self.untracked.append(name)
+
+    def clashes(self, value: Tensor) -> dict[str, str]:
+        """Of the sites in the storage of ``value``, those that share elements: with which."""
+        address = value.untyped_storage().data_ptr()
+        if len(self.views.get(address, ())) < 2:
+            return {}
+        if address not in self._clashes:
+            self._clashes[address] = _clashes(self.views[address])
+        return self._clashes[address]
 
     def upstream(self, tensors: Iterable[Tensor]) -> set[str]:
         """Names of the draws that ``tensors`` are computed from."""

@@ -282,3 +282,13 @@ def test_delta_zero_gives_the_plain_function():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(F.linear(x, u @ v), F.linear(x, u.center @ v.center))
+
+
+@pytest.mark.parametrize("op", [torch.mm, torch.matmul, torch.mul, torch.add, torch.bmm])
+def test_a_result_that_is_written_into_out_keeps_the_shared_draw(op):
+    shape = (2, 3, 3) if op is torch.bmm else (3, 3)
+    x, center, delta = torch.randn(shape), torch.randn(shape), torch.randn(shape)
+    weight, out = flip(center + delta, center, delta), torch.empty(shape)
+    with pytest.warns(FlipoutWarning, match="the result is written into out="):
+        assert op(x, weight, out=out) is out
+    assert torch.equal(out, op(x, center + delta))
