@@ -282,7 +282,8 @@ def _affine_image(dist: torch_dist.TransformedDistribution) -> Tensor:
     if shapes[0].numel() != shapes[1].numel():  # torch expands the batch alone
         raise NotSymmetricError(
             f"{type(dist).__name__} is not factorised: it makes {tuple(shapes[1])} of a base "
-            f"distribution over {tuple(shapes[0])}, so that elements have their noise in common"
+            f"distribution over {tuple(shapes[0])}, so that elements have their noise in common; "
+            "expand the base to that shape"
         )
     return center
 

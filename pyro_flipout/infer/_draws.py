@@ -132,10 +132,10 @@ class _KeepsDelta:
     scale: Tensor
 
     def rsample(self, sample_shape: Any = _SCALAR) -> Tensor:
-        shape = self._extended_shape(sample_shape)  # type: ignore[attr-defined]
         if self._slot is None:
-            sample: Tensor = super().rsample(sample_shape)  # type: ignore[misc]
-            return sample
+            value: Tensor = super().rsample(sample_shape)  # type: ignore[misc]
+            return value
+        shape = self._extended_shape(sample_shape)  # type: ignore[attr-defined]
         if not sample_shape:
             return self._slot.draw(self.loc, self.scale, shape)
         delta = self.scale * self._slot.noise.fresh(shape)

@@ -20,6 +20,7 @@ alone. This module only *finds* the draw; what to do with it is the estimator's.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -138,7 +139,8 @@ def find_symmetric_draw(msg: Message, vouched: bool = False) -> SymmetricDraw | 
         return NoDraw("it is intervened on, and nothing in the model uses it")
     if _is_equalized(msg):
         return NoDraw(
-            "poutine.equalize gives its one value to other sites too",
+            "poutine.equalize gives its one value to other sites too; name it in "
+            "flipout(hide=[...])",
             tell=True,
             source=msg["name"],
         )
@@ -245,7 +247,9 @@ def _delta(fn: Distribution, value: Tensor, center: Tensor) -> Tensor:
 
 def _no_source(msg: Message, value: Tensor, trace: Trace) -> NoDraw:
     graph = _guide_graph(trace)
-    names = sorted(graph.upstream([value]) - {msg["name"]}) or graph.untracked
+    names = sorted(graph.upstream([value]) - {msg["name"]})
+    if not names and value.grad_fn is not None:  # computed, but of what?
+        names = graph.untracked
     if not names:
         return NoDraw("the guide has a point there (a Delta), which has no perturbation")
     return NoDraw(
@@ -308,27 +312,34 @@ def _entangled(node: Message, source: Message, trace: Trace) -> NoDraw | None:
     value = node["value"]
     if source is not node and not auxiliary:
         return NoDraw(depends(name, source["name"]), tell=True, source=name, joint=True)
-    other = graph.clashes(value).get(name)
+    other = graph.clash(name, value)
     if other is not None:
         return NoDraw(depends(other, name), tell=True, source=name, joint=True)
     if _repeats(value):
-        reason = "several of its elements are one element of the guide's draw"
+        reason = (
+            f"several of its elements are one element of the guide's draw '{source['name']}'; draw "
+            "every element by itself, or hide the site"
+        )
         return NoDraw(reason, tell=True, source=name, joint=True)
     return None
 
 
-def _clashes(views: list[tuple[str, Tensor]]) -> dict[str, str]:
+def _in_common(views: list[tuple[str, Tensor]]) -> dict[str, str]:
     """Of views of one storage, by name, those that have elements in common: with which."""
+    ordered = sorted((_extent(view) for _, view in views))
+    if all(a[1] < b[0] for a, b in itertools.pairwise(ordered)):
+        return {}
     found: dict[str, str] = {}
-    reached: list[tuple[str, Tensor]] = []
-    for name, view in sorted(views, key=lambda named: _extent(named[1])):
-        reached = [(n, v) for n, v in reached if _extent(v)[1] >= view.storage_offset()]
-        for other, before in reached:
-            both = torch.cat([_elements(t).unique() for t in (view, before)])
-            if len(both.unique()) < len(both):
-                found.setdefault(name, other)
-                found.setdefault(other, name)
-        reached.append((name, view))
+    owners = torch.full((max(last for _, last in ordered) + 1,), -1, dtype=torch.int32)
+    for number, (name, view) in enumerate(views):
+        strides = view.stride()
+        shape = [1 if s == 0 else n for n, s in zip(view.shape, strides, strict=True)]
+        places = owners.as_strided(shape, strides, view.storage_offset())
+        owner = int(places.max())
+        if owner >= 0:
+            found.setdefault(name, views[owner][0])
+            found.setdefault(views[owner][0], name)
+        places.fill_(number)
     return found
 
 
@@ -339,7 +350,9 @@ def _repeats(x: Tensor) -> bool:
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach:
-            return len(_elements(x).unique()) < x.numel()
+            places = torch.arange(_extent(x)[1] + 1)
+            taken = places.as_strided(x.shape, x.stride(), x.storage_offset())
+            return len(taken.unique()) < x.numel()
         reach += (size - 1) * stride
     return False
 
@@ -348,12 +361,6 @@ def _extent(x: Tensor) -> tuple[int, int]:
     """Its first and its last element in the storage."""
     reach = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     return int(x.storage_offset()), int(x.storage_offset() + reach)
-
-
-def _elements(x: Tensor) -> Tensor:
-    """Where each element lies in the storage."""
-    places = torch.arange(_extent(x)[1] + 1)
-    return places.as_strided(x.shape, x.stride(), x.storage_offset()).flatten()
 
 
 def depends(name: str, on: str) -> str:
@@ -379,31 +386,27 @@ class _GuideGraph:
         self._bare: set[Any] = set()  # nodes whose inputs no draw is upstream of
         self.storages: dict[int, Message] = {}
         self.views: dict[int, list[tuple[str, Tensor]]] = {}
-        self._clashes: dict[int, dict[str, str]] = {}
+        self._in_common: dict[int, dict[str, str]] = {}
         self.untracked: list[str] = []
-        drawn = []
-        for name, node in trace.nodes.items():
-            if node["type"] != "sample":
+        sites = [(str(n), node) for n, node in trace.nodes.items() if node["type"] == "sample"]
+        for name, node in sites:
+            value = node["value"]
+            if not isinstance(value, Tensor):
                 continue
-            fn, value = node["fn"], node["value"]
-            if isinstance(value, Tensor):
-                if value.grad_fn is not None:
-                    self.draws[value.grad_fn, value.output_nr] = str(name)
-                address = value.untyped_storage().data_ptr()
-                if not node["is_observed"]:
-                    self._add(str(name), node, value, address)
-            drawn.append((str(name), fn))
+            if value.grad_fn is not None:
+                self.draws[value.grad_fn, value.output_nr] = name
+            if not node["is_observed"]:
+                self._add(name, node)
         self.dependents: dict[str, list[str]] = {}
-        if _drawn_together(fn for _, fn in drawn):
+        if _drawn_together(node["fn"] for _, node in sites):
             return
-        for name, fn in drawn:
-            for source in self.upstream(_tensors(fn)):
-                if source != name:
-                    self.dependents.setdefault(source, []).append(name)
+        for name, node in sites:
+            for source in self.upstream(_tensors(node["fn"])) - {name}:
+                self.dependents.setdefault(source, []).append(name)
 
-    def _add(self, name: str, node: Message, value: Tensor, address: int) -> None:
-        auxiliary = node["infer"].get("is_auxiliary")
-        is_point = _is_delta(node["fn"])
+    def _add(self, name: str, node: Message) -> None:
+        value, auxiliary = node["value"], node["infer"].get("is_auxiliary")
+        address, is_point = value.untyped_storage().data_ptr(), _is_delta(node["fn"])
         if value.numel() and (is_point or not auxiliary):
             self.views.setdefault(address, []).append((name, value))
         if not is_point:
@@ -411,14 +414,15 @@ class _GuideGraph:
             if auxiliary and value.grad_fn is None:
                 self.untracked.append(name)
 
-    def clashes(self, value: Tensor) -> dict[str, str]:
-        """Of the sites in the storage of ``value``, those that share elements: with which."""
+    def clash(self, name: str, value: Tensor) -> str | None:
+        """Another site of the model that has elements of the value of site ``name``."""
         address = value.untyped_storage().data_ptr()
-        if len(self.views.get(address, ())) < 2:
-            return {}
-        if address not in self._clashes:
-            self._clashes[address] = _clashes(self.views[address])
-        return self._clashes[address]
+        views = self.views.get(address, [])
+        if len(views) < 2:
+            return None
+        if address not in self._in_common:
+            self._in_common[address] = _in_common(views)
+        return self._in_common[address].get(name)
 
     def upstream(self, tensors: Iterable[Tensor]) -> set[str]:
         """Names of the draws that ``tensors`` are computed from."""
@@ -444,9 +448,7 @@ def _drawn_together(fns: Iterable[Any]) -> bool:
 
     Then none of the draws can be a parameter of another.
     """
-    draws = set()
-    for fn in fns:
-        draws.add(getattr(without_events(fn), "drawn_together", None))
+    draws = {getattr(without_events(fn), "drawn_together", None) for fn in fns}
     return len(draws) == 1 and None not in draws
 
 

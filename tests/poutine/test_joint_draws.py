@@ -8,7 +8,13 @@ import pyro.poutine as poutine
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoStructured
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoNormal,
+    AutoStructured,
+)
 from torch.distributions.transforms import AffineTransform
 
 from pyro_flipout import FlipoutWarning, NotSymmetricError, flipout, symmetric_center
@@ -63,7 +69,9 @@ def test_two_sites_of_one_draw_stay_shared(guide, grad):
     with torch.set_grad_enabled(grad):
         handler, out, told = run(guide, difference)
     assert (out == 0).all()
-    assert all("depends" in why for why in handler.decisions.values())
+    other = "v" if guide is a_site_again else "w"  # what v is told
+    assert "site 'v' depends on it" in handler.decisions["w"]
+    assert f"site '{other}' depends on it" in handler.decisions["v"]
     assert len(told) == 2
 
 
@@ -73,8 +81,8 @@ def test_parts_of_one_draw(overlap):
 
     def guide(x):
         e = draw("e", 6)
-        point("w", e[::2])
-        point("v", e[1::2] if not overlap else e[2:5])
+        point("w", e[:3] if overlap else e[::2])
+        point("v", e[2:5] if overlap else e[1::2])
 
     handler, _, told = run(guide, difference)
     assert set(handler.decisions.values()) == ({"flipped"} if not overlap else set(DEPENDS))
@@ -97,11 +105,15 @@ def test_a_point_that_has_an_element_twice_stays_shared(view):
     def model(x):
         return x @ pyro.sample("w", dist.Normal(0.0, 1.0).expand([2, 3]).to_event(2)).mT
 
-    handler, _, told = run(lambda x: point("w", view(draw("e", 6))), model)
+    handler, _, told = run(lambda x: point("w", view(draw("e", 8))), model)
     assert "several of its elements are one" in handler.decisions["w"]
     assert len(told) == 1
-    transposed = run(lambda x: point("w", draw("e", 6).view(3, 2).mT), model)[0]
-    assert transposed.decisions["w"] == "flipped"
+    for once in (
+        lambda e: e[:6].view(3, 2).mT,
+        lambda e: e.as_strided((2, 3), (3, 2)),  # elements 0, 2, 4 and 3, 5, 7
+    ):
+        handler = run(lambda x, once=once: point("w", once(draw("e", 8))), model)[0]
+        assert handler.decisions["w"] == "flipped"
 
 
 def test_noise_that_elements_have_in_common_is_not_factorised():
@@ -150,6 +162,30 @@ def test_a_structured_guide_is_told_of():
     guide = AutoStructured(difference, conditionals="normal")
     with pytest.warns(FlipoutWarning, match="in a way that flipout cannot see through"):
         poutine.replay(flipout(difference), trace=poutine.trace(guide).get_trace(X))(X)
+
+
+def test_a_point_beside_an_autonormal_is_a_point():
+    guide = AutoGuideList(difference)
+    guide.append(AutoDelta(poutine.block(difference, hide=["w"])))
+    guide.append(AutoNormal(poutine.block(difference, hide=["v"])))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            handler, _, told = run(guide, difference)
+        assert not told
+        assert "point" in handler.decisions["v"]
+        assert handler.decisions["w"] == "flipped"
+
+
+def test_particles_of_a_common_draw_are_flipped():
+    """Parts of one draw whose particles lie between each other's."""
+    guide = AutoDiagonalNormal(difference)
+    guide(X)
+    with pyro.plate("num_particles_vectorized", 3, dim=-2):
+        trace = poutine.trace(guide).get_trace(X)
+    handler = Recording()
+    with pyro.plate("num_particles_vectorized", 3, dim=-2):
+        poutine.replay(handler(lambda: [pyro.sample(n, prior()) for n in "wv"]), trace=trace)()
+    assert set(handler.decisions.values()) == {"flipped"}
 
 
 def test_a_new_distribution_of_a_guides_class_draws():
