@@ -370,19 +370,35 @@ Factor = tuple[SignFactor, Tensor]
 class Term:
     """A perturbation ``delta ∘ E_n`` with ``E_n`` the product of its sign factors.
 
-    :param delta: perturbation, of the weight's shape.
+    :param delta: perturbation, of the weight's shape; or the value and the centre that it is the
+        difference of, which one example has no use for.
     :param draws: the draws it comes from.
     :param factors: its sign factors; those of the one draw if omitted.
     """
 
-    __slots__ = ("_factors", "delta", "draws")
+    __slots__ = ("_delta", "_factors", "draws")
 
     def __init__(
-        self, delta: Tensor, draws: tuple[Draw, ...], factors: tuple[Factor, ...] | None = None
+        self,
+        delta: Tensor | tuple[Tensor, Tensor],
+        draws: tuple[Draw, ...],
+        factors: tuple[Factor, ...] | None = None,
     ) -> None:
-        self.delta = delta
+        self._delta = delta
         self.draws = draws
         self._factors = factors
+
+    @property
+    def delta(self) -> Tensor:
+        """The perturbation, of the weight's shape."""
+        if isinstance(self._delta, Tensor):
+            return self._delta
+        value, center = self._delta
+        delta = value - center
+        # What is made without a history, or inside torch.func, is for this call alone.
+        if torch.is_grad_enabled() and not transformed():
+            self._delta = delta
+        return delta
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -610,8 +626,8 @@ def flip(
     """
     execution = Execution() if execution is None else execution
     draw = Draw(site, value, execution, lead_dims)
-    delta = value - center if delta is None else delta
-    return FlipoutTensor.build(value, center, (Term(delta, (draw,)),), execution, lead_dims)
+    term = Term((value, center) if delta is None else delta, (draw,))
+    return FlipoutTensor.build(value, center, (term,), execution, lead_dims)
 
 
 def batched(value: Tensor, execution: Execution, lead_dims: int) -> FlipoutTensor:

@@ -24,6 +24,7 @@ from pyro_flipout.poutine.symmetric_draw import (
     SymmetricDraw,
     depends,
     find_symmetric_draw,
+    forget_guides,
     replayed_site,
     without_events,
 )
@@ -141,6 +142,7 @@ class FlipoutMessenger(Messenger):
 
     def __enter__(self) -> FlipoutMessenger:
         self._forget()
+        forget_guides()
         super().__enter__()
         return self
 
@@ -370,8 +372,8 @@ def _particle_dims(msg: Message) -> int:
     plates = msg["cond_indep_stack"]
     if not plates or not any(f.name in PARTICLE_PLATES for f in plates):
         return 0
-    event_dim = getattr(msg["fn"], "event_dim", 0)
-    return max(msg["value"].dim() - event_dim, 0) if event_dim else 0
+    event_dim: int = getattr(msg["fn"], "event_dim", 0)
+    return max(int(msg["value"].dim()) - event_dim, 0)
 
 
 def _is_discrete(fn: Any) -> bool:

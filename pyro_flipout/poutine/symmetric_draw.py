@@ -68,16 +68,17 @@ Message: TypeAlias = Any
 
 @dataclass(frozen=True)
 class SymmetricDraw:
-    """A value that is ``center + delta``, with ``delta`` symmetric and factorised.
+    """A value that is its centre and a symmetric, factorised perturbation.
 
     :ivar center: shape of the value.
-    :ivar delta: shape of the value.
+    :ivar delta: the perturbation, shape of the value, where the distribution has kept it;
+        ``None`` for the value less the centre.
     :ivar fn: the distribution that was drawn from, of the value or of what it is a view of.
     :ivar view: what makes the value of such a draw.
     """
 
     center: Tensor
-    delta: Tensor
+    delta: Tensor | None
     fn: Distribution | None = None
     view: Callable[[Tensor], Tensor] = lambda drawn: drawn
 
@@ -167,10 +168,10 @@ def replayed_site(msg: Message) -> tuple[Message, Trace] | None:
 
 
 def _is_equalized(msg: Message) -> bool:
-    return any(
-        isinstance(frame, EqualizeMessenger) and frame._is_matching(msg)
-        for frame in runtime._PYRO_STACK
-    )
+    for frame in runtime._PYRO_STACK:  # a generator would take longer than the question
+        if isinstance(frame, EqualizeMessenger) and frame._is_matching(msg):
+            return True
+    return False
 
 
 def _value_setter(name: str, vouched: bool) -> NoDraw | None:
@@ -209,11 +210,14 @@ def _drawn(msg: Message) -> SymmetricDraw | NoDraw:
         return NoDraw(str(why), tell=is_real(prior), source=msg["name"])
     if _is_delta(fn):
         return NoDraw("it is a Delta, which has no perturbation")
-    return SymmetricDraw(center, _delta(fn, value, center), fn)
+    return SymmetricDraw(center, symmetric_delta(fn, value), fn)
 
 
 def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDraw:
     fn, value = node["fn"], node["value"]
+    delta = symmetric_delta(fn, value)
+    if delta is not None and value.requires_grad and _all_drawn_together(trace):
+        return SymmetricDraw(symmetric_center(fn), delta, fn)
     source, center = node, None
     if _is_delta(fn):
         found = _aliased_draw(value, trace)
@@ -231,18 +235,10 @@ def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDr
     if blocker is not None:
         return blocker
     if source is node:
-        return SymmetricDraw(center, _delta(fn, value, center), fn)
+        return SymmetricDraw(center, delta, fn)
     return SymmetricDraw(
-        center,
-        _delta(fn, value, center),
-        source["fn"],
-        lambda drawn: _same_view(value, source["value"], drawn),
+        center, delta, source["fn"], lambda drawn: _same_view(value, source["value"], drawn)
     )
-
-
-def _delta(fn: Distribution, value: Tensor, center: Tensor) -> Tensor:
-    kept = symmetric_delta(fn, value)
-    return value - center if kept is None else kept
 
 
 def _no_source(msg: Message, value: Tensor, trace: Trace) -> NoDraw:
@@ -383,6 +379,7 @@ class _GuideGraph:
 
     def __init__(self, trace: Trace) -> None:
         self.draws: dict[Any, str] = {}
+        self._above: dict[Any, set[str]] = {}  # for outputs in `draws`, the draws upstream
         self._bare: set[Any] = set()  # nodes whose inputs no draw is upstream of
         self.storages: dict[int, Message] = {}
         self.views: dict[int, list[tuple[str, Tensor]]] = {}
@@ -398,11 +395,16 @@ class _GuideGraph:
             if not node["is_observed"]:
                 self._add(name, node)
         self.dependents: dict[str, list[str]] = {}
-        if _drawn_together(node["fn"] for _, node in sites):
+        if _all_drawn_together(trace):
             return
         for name, node in sites:
-            for source in self.upstream(_tensors(node["fn"])) - {name}:
-                self.dependents.setdefault(source, []).append(name)
+            above, value = self.upstream(_tensors(node["fn"])), node["value"]
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                # Sites come after those they depend on. A view comes after the draw it is of.
+                self._above.setdefault((value.grad_fn, value.output_nr), above)
+            for source in above:
+                if source != name:
+                    self.dependents.setdefault(source, []).append(name)
 
     def _add(self, name: str, node: Message) -> None:
         value, auxiliary = node["value"], node["infer"].get("is_auxiliary")
@@ -427,14 +429,18 @@ class _GuideGraph:
     def upstream(self, tensors: Iterable[Tensor]) -> set[str]:
         """Names of the draws that ``tensors`` are computed from."""
         todo: list[Any] = [(t.grad_fn, t.output_nr) for t in tensors]
-        found, seen, nodes = set(), set(), set()
+        found: set[str] = set()
+        seen, nodes = set(), set()
         while todo:
             step = todo.pop()
-            if step in seen or step[0] is None:
+            if step[0] is None or step in seen:
                 continue
             seen.add(step)
             if step in self.draws:
                 found.add(self.draws[step])
+                if step in self._above:
+                    found |= self._above[step]
+                    continue
             if step[0] not in self._bare and step[0] not in nodes:
                 nodes.add(step[0])
                 todo += step[0].next_functions
@@ -443,16 +449,32 @@ class _GuideGraph:
         return found
 
 
-def _drawn_together(fns: Iterable[Any]) -> bool:
+_TOGETHER: weakref.WeakKeyDictionary[Trace, bool] = weakref.WeakKeyDictionary()
+
+
+def _all_drawn_together(trace: Trace) -> bool:
     """Whether all of a guide's distributions say that they were drawn at once, from its parameters.
 
-    Then none of the draws can be a parameter of another.
+    Then none of the draws can be a parameter of another, and they have no element in common.
     """
-    draws = {getattr(without_events(fn), "drawn_together", None) for fn in fns}
-    return len(draws) == 1 and None not in draws
+    together = _TOGETHER.get(trace)
+    if together is None:
+        draws = {
+            getattr(without_events(node["fn"]), "drawn_together", None)
+            for node in trace.nodes.values()
+            if node["type"] == "sample"
+        }
+        together = _TOGETHER[trace] = len(draws) == 1 and None not in draws
+    return together
 
 
 _GRAPHS: weakref.WeakKeyDictionary[Trace, _GuideGraph] = weakref.WeakKeyDictionary()
+
+
+def forget_guides() -> None:
+    """Looks at the traces of guides anew: their nodes may have been replaced."""
+    _GRAPHS.clear()
+    _TOGETHER.clear()
 
 
 def _guide_graph(trace: Trace) -> _GuideGraph:

@@ -38,6 +38,9 @@ def example_dim_of(weight: FlipoutTensor, other: Any) -> int | None:
     offset = len(shape) - other.dim()
     free = [d for d in _free_dims(weight, shape) if d >= offset]
     dim = execution.example_dim + offset
+    if weight.lead_dims and offset == len(shape) - weight.dim():
+        # The data begin where the weight does, with its particles, if it has them.
+        dim += other.shape[:1] == weight.shape[:1]
     if dim not in free and offset in free and shape[offset] == execution.num_examples:
         dim = offset  # a time-major model after taking its last step
     if dim not in free:

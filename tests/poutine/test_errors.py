@@ -14,12 +14,14 @@ from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 from pyro_flipout import (
     ExampleDimError,
     FlipoutError,
+    FlipoutMessenger,
     FlipoutWarning,
     MissingRuleError,
     flip,
     flipout,
     implements,
 )
+from pyro_flipout.infer import AutoMeanField
 from pyro_flipout.tensor import Execution, queries
 from tests.helpers import Recording
 
@@ -251,6 +253,18 @@ def test_detached_guides_keep_shared_draws():
     trace.detach_()
     with pytest.warns(FlipoutWarning, match="not reparametrised .or detached"):
         poutine.replay(flipout(weight), trace=trace)()
+
+
+def test_a_guide_run_without_gradients_keeps_shared_draws():
+    guide = AutoMeanField(weight)
+    with torch.no_grad():
+        trace = poutine.trace(guide).get_trace()
+    with pytest.warns(FlipoutWarning, match="not reparametrised .or detached"):
+        poutine.replay(flipout(weight), trace=trace)()
+    with torch.no_grad():
+        handler = FlipoutMessenger()
+        poutine.replay(handler(weight), trace=trace)()
+    assert set(handler.decisions.values()) == {"flipped"}
 
 
 def test_materialize_errors():

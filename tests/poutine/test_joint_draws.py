@@ -192,3 +192,23 @@ def test_a_new_distribution_of_a_guides_class_draws():
     guide = AutoMeanField(difference)
     fn = poutine.trace(guide).get_trace(X).nodes["w"]["fn"].base_dist
     assert type(fn)(torch.zeros(2), torch.ones(2)).rsample().shape == (2,)
+
+
+def test_a_trace_whose_nodes_were_replaced():
+    def dependent(x):
+        point("v", 3 * draw("w", auxiliary=False))
+
+    def apart(x):
+        draw("w", auxiliary=False)
+        draw("v", auxiliary=False)
+
+    trace, other = (poutine.trace(guide).get_trace(X) for guide in (apart, dependent))
+    handler = Recording()
+    flipped = poutine.replay(handler(difference), trace=trace)
+    flipped(X)
+    assert set(handler.decisions.values()) == {"flipped"}
+    for name in "wv":
+        trace.nodes[name] = other.nodes[name]
+    with pytest.warns(FlipoutWarning, match="'v' depends on it"):
+        flipped(X)
+    assert "depends" in handler.decisions["w"]

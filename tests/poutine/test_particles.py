@@ -99,6 +99,49 @@ def test_particles_equal_sequential_ones(name, batch, flipped, float64):
             torch.testing.assert_close(out.nodes["y"]["log_prob"][k, n], expected[0])
 
 
+@pytest.mark.parametrize("batch", [N, K])
+@pytest.mark.parametrize("plates", [1, 2])
+def test_scalars_and_scales_of_particles(batch, plates, float64):
+    """A scalar and a second scale meet data that have particles already."""
+
+    def model(x):
+        normal = dist.Normal(0.0, 1.0)
+        w, v = (pyro.sample(n, normal.expand([2]).to_event(1)) for n in "wv")
+        b = pyro.sample("b", normal)
+        return (torch.tanh(x * w) * v).sum(-1) * b + b
+
+    x = torch.randn(batch, 2) if plates == 1 else torch.randn(4, batch, 2)  # (T, N, in)
+    guide = AutoNormal(model)
+    guide(x)
+
+    def run(fn, *args):
+        with pyro.plate("num_particles_vectorized", K, dim=-plates - 1):
+            return fn(*args)
+
+    trace = poutine.trace(run).get_trace(guide, x)
+    handler = Recording(on_missing_rule="error", example_dim=plates - 1)
+    out = poutine.replay(run, trace=trace)(handler(model), x)
+    assert set(handler.decisions.values()) == {"flipped"}
+    seen = {n: weight.materialize(batch) for n, weight in handler.seen.items()}
+    for k in range(K):
+        for n in range(batch):
+            w, v, b = (seen[name][n, k].reshape(-1) for name in "wvb")
+            expected = (torch.tanh(x[..., n, :] * w) * v).sum(-1) * b + b
+            torch.testing.assert_close(out[k, ..., n], expected.reshape(out[k, ..., n].shape))
+
+
+def test_one_particle_meets_data_with_as_many_dimensions(float64):
+    def model(x):
+        return x * pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+
+    x = torch.randn(N, 4, 2)
+    handler = Recording(on_missing_rule="error")
+    with pyro.plate("num_particles_vectorized", 1, dim=-2):
+        out = handler(model)(x)  # (N, 4, 2)
+    w = handler.seen["w"].materialize()  # (N, 1, 1, 2)
+    torch.testing.assert_close(out, x * w[:, 0])
+
+
 def test_particles_have_signs_of_their_own():
     model = model_of(mlp((4, 6, 3)))
     x = torch.randn(64, 4)

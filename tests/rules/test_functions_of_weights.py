@@ -222,6 +222,20 @@ class Block(nn.Module):
         return x + self.b(self.dropout(self.a(x).tanh()))
 
 
+def test_a_perturbation_first_used_without_gradients_has_them_later():
+    grads = []
+    for before in (False, True):
+        torch.manual_seed(0)
+        loc, scale = torch.randn(2, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+        w, x = flip(loc + scale * torch.randn(2, 3), loc), torch.randn(5, 3)
+        if before:
+            with torch.no_grad():
+                F.linear(x, w)
+        grads.append(torch.autograd.grad(F.linear(x, w).pow(2).sum(), (loc, scale)))
+    torch.testing.assert_close(*grads)
+    assert grads[0][1].abs().max() > 0.1
+
+
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint(use_reentrant, counted):
