@@ -385,23 +385,26 @@ class _GuideGraph:
         self.views: dict[int, list[tuple[str, Tensor]]] = {}
         self._in_common: dict[int, dict[str, str]] = {}
         self.untracked: list[str] = []
-        sites = [(str(n), node) for n, node in trace.nodes.items() if node["type"] == "sample"]
+        sites = [(n, node) for n, node in trace.nodes.items() if node["type"] == "sample"]
+        outputs: dict[str, Any] = {}
         for name, node in sites:
             value = node["value"]
             if not isinstance(value, Tensor):
                 continue
             if value.grad_fn is not None:
-                self.draws[value.grad_fn, value.output_nr] = name
+                outputs[name] = step = value.grad_fn, value.output_nr
+                self.draws[step] = name
             if not node["is_observed"]:
                 self._add(name, node)
         self.dependents: dict[str, list[str]] = {}
         if _all_drawn_together(trace):
             return
         for name, node in sites:
-            above, value = self.upstream(_tensors(node["fn"])), node["value"]
-            if isinstance(value, Tensor) and value.grad_fn is not None:
+            above = self.upstream(_tensors(node["fn"]))
+            output = outputs.get(name)
+            if output is not None:
                 # Sites come after those they depend on. A view comes after the draw it is of.
-                self._above.setdefault((value.grad_fn, value.output_nr), above)
+                self._above.setdefault(output, above)
             for source in above:
                 if source != name:
                     self.dependents.setdefault(source, []).append(name)
@@ -428,22 +431,20 @@ class _GuideGraph:
 
     def upstream(self, tensors: Iterable[Tensor]) -> set[str]:
         """Names of the draws that ``tensors`` are computed from."""
-        todo: list[Any] = [(t.grad_fn, t.output_nr) for t in tensors]
+        todo: list[Any] = [(t.grad_fn, t.output_nr) for t in tensors if t.grad_fn is not None]
         found: set[str] = set()
-        seen, nodes = set(), set()
+        nodes = set()
         while todo:
             step = todo.pop()
-            if step[0] is None or step in seen:
-                continue
-            seen.add(step)
             if step in self.draws:
                 found.add(self.draws[step])
                 if step in self._above:
                     found |= self._above[step]
                     continue
-            if step[0] not in self._bare and step[0] not in nodes:
-                nodes.add(step[0])
-                todo += step[0].next_functions
+            node = step[0]
+            if node not in self._bare and node not in nodes:
+                nodes.add(node)
+                todo += [s for s in node.next_functions if s[0] is not None]
         if not found:
             self._bare |= nodes
         return found
@@ -459,13 +460,19 @@ def _all_drawn_together(trace: Trace) -> bool:
     """
     together = _TOGETHER.get(trace)
     if together is None:
-        draws = {
-            getattr(without_events(node["fn"]), "drawn_together", None)
-            for node in trace.nodes.values()
-            if node["type"] == "sample"
-        }
-        together = _TOGETHER[trace] = len(draws) == 1 and None not in draws
+        together = _TOGETHER[trace] = _drawn_together(trace)
     return together
+
+
+def _drawn_together(trace: Trace) -> bool:
+    first = None
+    for node in trace.nodes.values():
+        if node["type"] == "sample":
+            draw = getattr(without_events(node["fn"]), "drawn_together", None)
+            if draw is None or first not in (None, draw):
+                return False
+            first = draw
+    return first is not None
 
 
 _GRAPHS: weakref.WeakKeyDictionary[Trace, _GuideGraph] = weakref.WeakKeyDictionary()
@@ -497,7 +504,9 @@ def _tensors(fn: Any) -> list[Tensor]:
             todo += obj
         elif isinstance(obj, (Distribution, Transform)) and id(obj) not in seen:
             seen.add(id(obj))  # transforms refer to their inverses
-            todo += [item for item in vars(obj).values() if type(item) not in ATOMS]
+            for item in vars(obj).values():
+                if type(item) not in ATOMS:
+                    (found if isinstance(item, Tensor) else todo).append(item)
     return found
 
 
@@ -513,9 +522,11 @@ ATOMS = frozenset({torch.Size, type(None), bool, int, float, str})
 
 
 def _is_delta(fn: Any) -> bool:
-    while hasattr(fn, "base_dist") and not isinstance(fn, Delta):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
+    while not isinstance(fn, Delta):
+        fn = getattr(fn, "base_dist", None)
+        if fn is None:
+            return False
+    return True
 
 
 def is_real(fn: Any) -> bool:
