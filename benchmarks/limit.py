@@ -5,15 +5,18 @@
 
 The dense network of step.py with one vector of locations and one of scales, noise drawn at once,
 the KL term in closed form, Adam, and two products a layer. Its signs are ready-made before the
-clock starts, which no implementation can have. Prints ratios to the plain network's step of the
-same round, medians over the rounds.
+clock starts, which no implementation can have. "Two products" is the same step with both products
+and no sign at all, by hand and by the library with its flips taken out: what flips cost is the
+difference. Prints ratios to the plain network's step of the same round, medians over the rounds.
 
     python benchmarks/limit.py --sizes 128 1024 8192 --cpu-time
 """
 
+import contextlib
 import statistics
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pyro
 import torch
@@ -23,6 +26,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import step
 
+from pyro_flipout.rules import _product
+from pyro_flipout.signs import Signs
+
 SHAPES = [(512, 784), (512, 512), (10, 512)]
 
 
@@ -31,10 +37,11 @@ class ByHand:
 
     :param signs: per layer, those of its inputs ``(N, in)``, outputs and bias ``(N, out)``;
         None for one draw that the mini-batch shares.
+    :param products: of a layer that has no signs.
     """
 
-    def __init__(self, signs, clock):
-        self.signs, self.clock = signs, clock
+    def __init__(self, signs, clock, products=1):
+        self.signs, self.clock, self.products = signs, clock, products
         self.sizes = [n for out, in_ in SHAPES for n in (out * in_, out)]
         self.loc = nn.Parameter(0.03 * torch.randn(sum(self.sizes)))
         self.rho = nn.Parameter(torch.full_like(self.loc, -3.0))
@@ -51,8 +58,10 @@ class ByHand:
         for i, shape in enumerate(SHAPES):
             center, bias = locs[2 * i].view(shape), locs[2 * i + 1]
             dw, db = deltas[2 * i].view(shape), deltas[2 * i + 1]
-            if self.signs is None:
+            if self.signs is None and self.products == 1:
                 h = F.linear(h, center + dw, bias + db)
+            elif self.signs is None:
+                h = F.linear(h, center, bias) + F.linear(h, dw, db)
             else:
                 s, r, t = self.signs[i]
                 h = F.linear(h, center, bias) + F.linear(h * s, dw) * r + db * t
@@ -61,6 +70,22 @@ class ByHand:
         (F.cross_entropy(h, y) + kl / 60_000).backward()
         self.optimizer.step()
         return self.clock() - start
+
+
+class WithoutSigns(step.Stepper):
+    """The library's step with all that it does to flip taken out, the products left."""
+
+    def step(self, x, y):
+        """Seconds of one step."""
+        instead = {
+            "add_times": lambda signs, out, x, *dims: out.add_(x),
+            "add_vectors": lambda signs, out, center, delta, *dims: out.add_(center + delta),
+            "sum_times": lambda signs, x: x.sum(0),
+        }
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(_product, "_flip", lambda x, placed: x))
+            stack.enter_context(mock.patch.multiple(Signs, **instead))
+            return super().step(x, y)
 
 
 def signs(size):
@@ -83,7 +108,10 @@ def main():
             name: step.Stepper(name, net, args)
             for name in ("plain", "AutoMeanField, shared", "AutoMeanField, flipout")
         }
+        name = "AutoMeanField, flipout"
+        steppers["AutoMeanField, two products"] = WithoutSigns(name, net, args)
         steppers["by hand, shared"] = ByHand(None, args.clock)
+        steppers["by hand, two products"] = ByHand(None, args.clock, products=2)
         steppers["by hand, flipout"] = ByHand(signs(size), args.clock)
         ratios, seconds = step.interleave(args, steppers, x, y)
         for name, found in ratios.items():

@@ -15,10 +15,11 @@ __all__ = ["draw_together"]
 
 
 class _Together(torch.autograd.Function):
-    """Locations, scales, perturbations and values of all sites, in turn for each site.
+    """Locations, scales, perturbations, values and centres of all sites, in turn for each site.
 
     One node for autograd. Its backward writes the gradients of all sites into two vectors, where
-    those of views would be added up for each site and then joined.
+    those of views would be added up for each site and then joined. A centre is the location again,
+    for those who use it beside the distribution.
     """
 
     @staticmethod
@@ -33,19 +34,27 @@ class _Together(torch.autograd.Function):
             *(_apart(t, shapes) for t in (loc, scale, noise)), strict=True
         ):
             delta = spread * eps
-            out += [center, spread, delta, center + delta]
+            out += [center, spread, delta, center + delta, center.view_as(center)]
         return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         (noise,) = ctx.saved_tensors
         join = _join_differentiable if torch.is_grad_enabled() else _join
-        each = [grads[i : i + 4] for i in range(0, len(grads), 4)]
+        each = [grads[i : i + _OUTPUTS] for i in range(0, len(grads), _OUTPUTS)]
         need = (
-            ctx.needs_input_grad[0] and any(g[0] is not None or g[3] is not None for g in each),
-            ctx.needs_input_grad[1] and any(g is not None for of in each for g in of[1:]),
+            ctx.needs_input_grad[0] and any(g is not None for of in each for g in _of_loc(of)),
+            ctx.needs_input_grad[1] and any(g is not None for of in each for g in of[1:4]),
         )
         return *join(noise, ctx.shapes, each, need), None, None
+
+
+_OUTPUTS = 5
+
+
+def _of_loc(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Of the gradients of a site's outputs, those that its location has a part in."""
+    return grads[0], grads[3], grads[4]
 
 
 def _join(
@@ -57,13 +66,9 @@ def _join(
     for of_site, eps, loc, scale in zip(
         grads, *(_apart(t, shapes) for t in (noise, *parts)), strict=True
     ):
-        of_loc, of_scale, of_delta, of_value = of_site
+        _, of_scale, of_delta, of_value, _ = of_site
         if flat_loc is not None:
-            if of_loc is None or of_value is None:
-                one = of_loc if of_value is None else of_value
-                loc.zero_() if one is None else loc.copy_(one)
-            else:
-                torch.add(of_loc, of_value, out=loc)
+            _sum([g for g in _of_loc(of_site) if g is not None], loc)
         if flat_scale is None:
             continue
         if of_delta is None or of_value is None:
@@ -79,16 +84,25 @@ def _join(
     return flat_loc, flat_scale
 
 
+def _sum(parts: list[Tensor], out: Tensor) -> None:
+    if len(parts) < 2:
+        out.copy_(parts[0]) if parts else out.zero_()
+        return
+    torch.add(parts[0], parts[1], out=out)
+    for part in parts[2:]:
+        out += part
+
+
 def _join_differentiable(
     noise: Tensor, shapes: list[torch.Size], grads: list[Any], need: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """As :func:`_join`, out of place."""
     locs, scales = [], []
     for of_site, eps in zip(grads, _apart(noise, shapes), strict=True):
-        of_loc, of_scale, of_delta, of_value = (
+        of_loc, of_scale, of_delta, of_value, of_center = (
             torch.zeros_like(eps) if g is None else g for g in of_site
         )
-        locs.append((of_loc + of_value).reshape(-1))
+        locs.append((of_loc + of_value + of_center).reshape(-1))
         scales.append((of_scale + (of_delta + of_value) * eps).reshape(-1))
     return torch.cat(locs) if need[0] else None, torch.cat(scales) if need[1] else None
 
@@ -100,17 +114,17 @@ def _apart(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
 
 def draw_together(
     loc: Tensor, scale: Tensor, noise: Tensor, shapes: list[torch.Size]
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+) -> list[tuple[Tensor, ...]]:
     """Draws all sites at once.
 
     :param loc: locations of all sites, shape ``(size,)``.
     :param scale: scales, shape ``(size,)``.
     :param noise: standard noise, shape ``(size,)``.
     :param shapes: of the sites, in order.
-    :returns: location, scale, perturbation and value of each site.
+    :returns: location, scale, perturbation, value and centre of each site.
     """
     flat = _together(loc, scale, noise, shapes)
-    return [(flat[i], flat[i + 1], flat[i + 2], flat[i + 3]) for i in range(0, len(flat), 4)]
+    return [flat[i : i + _OUTPUTS] for i in range(0, len(flat), _OUTPUTS)]
 
 
 _together: Callable[..., tuple[Tensor, ...]] = _Together.apply

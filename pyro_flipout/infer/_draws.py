@@ -54,11 +54,11 @@ class Noise:
         self._flat: dict[int, Tensor] = {}
 
     def slot(
-        self, start: int | None, shape: torch.Size, drawn: tuple[Tensor, Tensor] | None = None
+        self, start: int | None, shape: torch.Size, drawn: tuple[Tensor, ...] | None = None
     ) -> Slot:
         """The noise of one site: elements ``start`` onwards, or a draw of its own if None.
 
-        :param drawn: value and perturbation, if the site's first draw was made already.
+        :param drawn: perturbation, value and centre, if the site's first draw was made already.
         """
         return Slot(self, start, shape, drawn)
 
@@ -89,23 +89,23 @@ class Slot:
         noise: Noise,
         start: int | None,
         shape: torch.Size,
-        drawn: tuple[Tensor, Tensor] | None = None,
+        drawn: tuple[Tensor, ...] | None = None,
     ) -> None:
         self.noise = noise
         self.start = start
         self.shape = shape
         self.drawn = drawn
         self.together = None if drawn is None else noise
-        self.last: tuple[Tensor, Tensor] | None = None
+        self.last: tuple[Tensor, ...] | None = None  # perturbation, value and centre
 
     def draw(self, loc: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
         """A value of the given shape; its perturbation is kept."""
         drawn, self.drawn = self.drawn, None
         if drawn is None or drawn[0].shape != shape:
             delta = scale * self.take(shape)
-            drawn = loc + delta, delta
+            drawn = delta, loc + delta, loc
         self.last = drawn
-        return drawn[0]
+        return drawn[1]
 
     def take(self, shape: torch.Size) -> Tensor:
         """Noise of the given shape: the first time from the common draw, where it fits."""
@@ -140,7 +140,7 @@ class _KeepsDelta:
             return self._slot.draw(self.loc, self.scale, shape)
         delta = self.scale * self._slot.noise.fresh(shape)
         value = self.loc + delta
-        self._slot.last = (value, delta)
+        self._slot.last = delta, value, self.loc
         return value
 
     @property
@@ -151,7 +151,16 @@ class _KeepsDelta:
     def symmetric_delta(self, value: Tensor) -> Tensor | None:
         """See :func:`pyro_flipout.symmetric.symmetric_delta`."""
         last = None if self._slot is None else self._slot.last
-        return last[1] if last is not None and last[0] is value else None
+        return last[0] if last is not None and last[1] is value else None
+
+    @property
+    def center_beside(self) -> Tensor:
+        """The centre of the last draw: ``loc``, by an output of its own where there is one.
+
+        Autograd would add the gradients of one output up before the guide's node joins them.
+        """
+        last = None if self._slot is None else self._slot.last
+        return self.loc if last is None else last[2]
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         new = super().expand(batch_shape, _instance)  # type: ignore[misc]

@@ -244,8 +244,8 @@ class AutoMeanField(AutoGuide):
             return
         shapes = [part.shape for part in self._parts]
         drawn = draw_together(flat_loc, flat_scale, noise.flat(1).view(-1), shapes)
-        for part, (loc, scale, delta, value) in zip(self._parts, drawn, strict=True):
-            yield part, loc, scale, noise.slot(None, part.shape, (value, delta))
+        for part, (loc, scale, *draw) in zip(self._parts, drawn, strict=True):
+            yield part, loc, scale, noise.slot(None, part.shape, tuple(draw))
 
     def _flat(self) -> tuple[Tensor, Tensor]:
         sizes = [part.shape.numel() for part in self._parts]

@@ -217,7 +217,7 @@ def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDr
     fn, value = node["fn"], node["value"]
     delta = symmetric_delta(fn, value)
     if delta is not None and value.requires_grad and _all_drawn_together(trace):
-        return SymmetricDraw(symmetric_center(fn), delta, fn)
+        return SymmetricDraw(without_events(fn).center_beside, delta, fn)
     source, center = node, None
     if _is_delta(fn):
         found = _aliased_draw(value, trace)

@@ -61,9 +61,9 @@ queries(
     Tensor.equal,
     torch.allclose,
     Tensor.allclose,
-    *(getattr(torch, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")),
-    *(getattr(Tensor, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")),
-    *(getattr(Tensor, f"__{name}__") for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+    *(getattr(torch, name) for name in ("eq", "ne")),
+    *(getattr(Tensor, name) for name in ("eq", "ne")),
+    *(getattr(Tensor, f"__{name}__") for name in ("eq", "ne")),  # an order makes masks: no rule
     # new tensors of the same kind
     torch.zeros_like,
     torch.ones_like,

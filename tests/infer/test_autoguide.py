@@ -226,7 +226,7 @@ def one_by_one(loc, scale, eps):
     for center, spread, noise in zip(*parts, strict=True):
         shape = {4: (2, 2), 1: (), 3: (3,)}[len(center)]
         delta = spread * noise
-        out += [t.view(shape) for t in (center, spread, delta, center + delta)]
+        out += [t.view(shape) for t in (center, spread, delta, center + delta, center)]
     return out
 
 
@@ -234,10 +234,12 @@ FLAT = [torch.linspace(a, b, 8, dtype=torch.float64) for a, b in ((-1, 2), (0.1,
 
 
 @pytest.mark.parametrize("learned", [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("used", ["all", "loc", "scale", "delta", "value", "delta and value"])
+@pytest.mark.parametrize(
+    "used", ["all", "loc", "scale", "delta", "value", "delta and value", "center"]
+)
 def test_gradients_of_the_common_draw(used, learned):
-    names = ["loc", "scale", "delta", "value"]
-    wanted = range(12) if used == "all" else [i for i in range(12) if names[i % 4] in used][1:]
+    names = ["loc", "scale", "delta", "value", "center"]
+    wanted = range(15) if used == "all" else [i for i in range(15) if names[i % 5] in used][1:]
     found = []
     for fn in (together, one_by_one):
         leaves = [t.clone().requires_grad_(wish) for t, wish in zip(FLAT, learned, strict=False)]

@@ -142,7 +142,7 @@ def test_queries_are_silent():
         assert w.dim() == 2
         assert w.size(0) == 2
         assert w.numel() == 6
-        for plain in (w.norm(), w.detach(), torch.zeros_like(w), w > 0, w.isnan()):
+        for plain in (w.norm(), w.detach(), torch.zeros_like(w), w == 0, w.isnan()):
             assert type(plain) is torch.Tensor
         assert "tensor(" in repr(w)
         assert "tensor(" in str(w)
@@ -151,6 +151,19 @@ def test_queries_are_silent():
         assert not w.requires_grad
         assert len(w.tolist()) == 2
         assert w.numpy().shape == (2, 3)
+
+
+@pytest.mark.parametrize("mask", [lambda w: w > 0, lambda w: 0 >= w, lambda w: torch.lt(w, 0.1)])
+def test_a_mask_from_a_weight_is_told_of(mask):
+    """It would be the shared draw's mask on every example's weight."""
+    with pytest.warns(FlipoutWarning, match="'w' keeps its shared draw.* no flipout rule"):
+
+        def model(x):
+            w = weight()
+            return F.linear(x, torch.where(mask(w), w, 0.0)), mask(w.detach())
+
+        out, _ = flipout(model)(X[:, 0])
+    assert out.shape == (len(X), 2)
 
 
 def test_marks_on_a_site():
