@@ -232,7 +232,15 @@ class Signs:
         """The factors, broadcastable to ``x`` with its example dimension split in two.
 
         Without high ones they broadcast to ``x`` as it is.
+
+        :raises ValueError: if ``x`` is smaller than the codes, so that it would have to grow.
         """
+        count = self.low.size(1)
+        if count != 1 and x.size(dim) != count:
+            raise ValueError(
+                f"Signs: got data of shape {tuple(x.shape)}, expected size {count} in dimension "
+                f"{dim}, one for each code; expand them"
+            )
         if self.high is None:
             if x.dim() == 2 and dim == 1:
                 return self.low, None

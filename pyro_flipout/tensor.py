@@ -170,7 +170,7 @@ class Execution:
         self.num_examples: int | None = None
         self.particles_seen = False
         self._on_shared = on_shared or warn_shared
-        self._signs: dict[tuple[int, int, torch.dtype], tuple[Tensor, Signs]] = {}
+        self._signs: dict[tuple[Any, ...], tuple[Tensor, Signs]] = {}
         self._codes: dict[torch.device, tuple[Tensor, int]] = {}  # drawn, and how many are taken
         self._drawn: dict[int, Tensor] = {}  # all that were drawn, by address
 
@@ -231,7 +231,7 @@ class Execution:
         assert self.num_examples is not None
         if transformed():  # what is made inside torch.func must stay there
             return Signs(codes, self.num_examples, dtype)
-        key = codes.data_ptr(), codes.numel(), dtype
+        key = codes.data_ptr(), codes.numel(), codes.stride(), dtype
         if key not in self._signs:
             # Holding `codes` keeps its address its own.
             self._signs[key] = codes, self._new_signs(codes, dtype)
@@ -548,11 +548,14 @@ class FlipoutTensor(Tensor):
                 break
         else:
             return self._center, self._terms
+        terms = tuple(term for term in self._terms if not term.shared)
+        if not terms:  # the plain value may have been changed in place
+            return self._plain, terms
         center = self._center
         for term in self._terms:
             if term.shared:
                 center = center + term.delta
-        return center, tuple(term for term in self._terms if not term.shared)
+        return center, terms
 
     @classmethod
     @_disable_dynamo  # torch.compiler.disable, but without importing dynamo until it is called
@@ -730,6 +733,8 @@ def _share(flipped: Sequence[FlipoutTensor], reason: str) -> None:
 
 
 def _missing_rule(name: str, flipped: Sequence[FlipoutTensor], reason: str) -> None:
+    if all(w.execution.is_single for w in flipped):
+        return  # one example sees the shared draw, whatever the operation
     site = " and ".join(dict.fromkeys(w.site for w in flipped))
     remedy = "register a rule with pyro_flipout.implements, or hide it with flipout(hide=[...])"
     if any(w.execution.on_missing_rule == "error" for w in flipped):
@@ -743,5 +748,6 @@ def example_dim_error(weight: FlipoutTensor, name: str, shape: Sequence[int]) ->
     return ExampleDimError(
         f"flipout: site '{weight.site}' in {name} met data of shape {tuple(shape)}, whose "
         f"dimension {dim} is used up by the weight and cannot count the examples; "
-        f"you said example_dim={dim}: set it to the dimension that does, or move the examples there"
+        f"you said example_dim={dim}: set it to the dimension that does, or move the examples "
+        "there; a constant is told from data by torch.nn.Parameter(..., requires_grad=False)"
     )

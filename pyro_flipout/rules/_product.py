@@ -66,6 +66,11 @@ def find_examples(weight: FlipoutTensor, data: Tensor, used: Sequence[int], name
         )
     dim = execution.example_dim
     if dim not in free:
+        if weight.lead_dims:
+            raise NoRule(
+                "the weight has particle dimensions; use a layer such as F.linear, or "
+                "vectorize_particles=False"
+            )
         if not (0 in free and data.shape[0] == execution.num_examples):
             raise example_dim_error(weight, name, data.shape)
         dim = 0
@@ -340,16 +345,16 @@ def _route(
     into_data: dict[int, Tensor] = {}
     into_out: dict[int, Tensor] = {}
     for codes in term.codes:
-        varying = [dim for dim, size in enumerate(codes.shape) if size > 1]
+        varying = [dim for dim, size in enumerate(codes.shape) if size != 1]
         if len(varying) > 1:
             raise NoRule("the weight's signs do not factorise along its dimensions")
-        dim = varying[0] if varying else next(iter(out_dims or data_dims))
+        dim = varying[0] if varying else next(iter(out_dims or data_dims), -1)
         if dim in out_dims:
             target, where = into_out, out_dims[dim]
         elif dim in data_dims:
             target, where = into_data, data_dims[dim]
         else:
-            raise NoRule(f"dimension {dim} of the weight is summed over without the data")
+            raise NoRule("a dimension of the weight is summed over without the data")
         flat = codes.flatten()
         target[where] = target[where] ^ flat if where in target else flat
     return into_data, into_out

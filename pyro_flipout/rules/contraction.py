@@ -47,7 +47,18 @@ LIMITS = (
     flips=FLIPS,
     limits=LIMITS,
 )
-def matmul(op: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
+def matmul(
+    op: Callable[..., Tensor],
+    input: Tensor,
+    other: Any = None,
+    *,
+    mat2: Any = None,
+    vec: Any = None,
+) -> Tensor:
+    given = [factor for factor in (other, mat2, vec) if factor is not None]
+    if len(given) != 1:
+        raise NoRule("the arguments are not two factors")
+    a, b = input, given[0]
     if op is Tensor.__rmatmul__:
         a, b = b, a
         op = torch.matmul
@@ -70,9 +81,12 @@ def _letters(count: int) -> str:
 
 def is_weight(tensor: Any) -> bool:
     """Whether a factor is a weight too, not data: flipped, or a parameter of torch or Pyro."""
-    return isinstance(tensor, (FlipoutTensor, torch.nn.Parameter)) or (
-        isinstance(tensor, Tensor) and hasattr(tensor, "unconstrained")  # by pyro.param
-    )
+    if isinstance(tensor, (FlipoutTensor, torch.nn.Parameter)):
+        return True
+    if not isinstance(tensor, Tensor):
+        return False
+    # By pyro.param, or a view of a parameter.
+    return hasattr(tensor, "unconstrained") or is_weight(tensor._base)
 
 
 def contract(
@@ -95,13 +109,21 @@ def contract(
     own = {
         name: dim
         for dim, name in enumerate(weight_names)
-        if weight.size(dim) > 1 or name not in data_names
+        if weight.size(dim) > 1 or name not in data_names or name not in out
     }
     used = [dim for dim, name in enumerate(data_names) if _uses(weight, own, name, out)]
     dim = find_examples(weight, data, used, op.__name__)
     example = data_names[dim]
     if example not in out:
         raise NoRule("the product sums over the examples")
+    if not own:  # it repeats one number
+        own = {name: d for d, name in enumerate(weight_names) if name != example}
+    sizes = [
+        weight.size(own[name]) if size == 1 and name in own else size
+        for name, size in zip(data_names, data.shape, strict=True)
+    ]
+    if sizes != list(data.shape):  # every entry of the weight has signs of its own
+        data = data.expand(sizes)
     return flipped_product(
         weight,
         data,
@@ -185,10 +207,18 @@ def _uses(weight: FlipoutTensor, own: dict[str, int], name: str, out: str) -> bo
     flips=FLIPS + "; a flipped summand as in elementwise arithmetic",
 )
 def addmm(
-    op: Callable[..., Tensor], input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1
+    op: Callable[..., Tensor],
+    input: Tensor,
+    *factors: Tensor,
+    beta: Any = 1,
+    alpha: Any = 1,
+    **named: Tensor,  # mat1 and mat2, batch1 and batch2, mat and vec
 ) -> Tensor:
-    product = torch.matmul(a, b)
-    return (product if alpha == 1 else product * alpha) + (input if beta == 1 else input * beta)
+    product = torch.matmul(*factors, *named.values())
+    product = product if alpha == 1 else product * alpha
+    if beta == 0:  # not even NaN comes through
+        return product
+    return product + (input if beta == 1 else input * beta)
 
 
 @implements(torch.tensordot, flips=FLIPS, limits=LIMITS)

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_flipout.errors import ExampleDimError
 from pyro_flipout.rules._product import per_example
-from pyro_flipout.rules.shape import align, expand_weight, map_values
+from pyro_flipout.rules.shape import align, common_lead, expand_weight, map_values, repeats
 from pyro_flipout.tensor import (
     FlipoutTensor,
     NoRule,
@@ -36,14 +37,14 @@ def example_dim_of(weight: FlipoutTensor, other: Any) -> int | None:
     shape = torch.broadcast_shapes(weight.shape, other.shape)
     execution = weight.execution
     offset = len(shape) - other.dim()
-    free = [d for d in _free_dims(weight, shape) if d >= offset]
     dim = execution.example_dim + offset
     if weight.lead_dims and offset == len(shape) - weight.dim():
         # The data begin where the weight does, with its particles, if it has them.
         dim += other.shape[:1] == weight.shape[:1]
-    if dim not in free and offset in free and shape[offset] == execution.num_examples:
-        dim = offset  # a time-major model after taking its last step
-    if dim not in free:
+    free = _is_free(weight, shape, dim)
+    if not free and shape[offset] == execution.num_examples and _is_free(weight, shape, offset):
+        dim, free = offset, True  # a time-major model after taking its last step
+    if not free:
         if other.dim() <= weight.dim():
             return None  # (out, 1) against (out, in): a constant that broadcasts
         raise example_dim_error(weight, "elementwise arithmetic", other.shape)
@@ -53,15 +54,16 @@ def example_dim_of(weight: FlipoutTensor, other: Any) -> int | None:
     return dim
 
 
-def _free_dims(weight: FlipoutTensor, shape: torch.Size) -> list[int]:
-    """Dimensions of the result that the weight only repeats along, or does not have."""
-    extra = len(shape) - weight.dim()
-    repeated = [
-        extra + d
-        for d, size in enumerate(weight.shape)
-        if (size == 1 and shape[extra + d] != 1) or (size > 1 and weight.plain.stride(d) == 0)
-    ]
-    return [*range(extra), *repeated]
+def _is_free(weight: FlipoutTensor, shape: torch.Size, dim: int) -> bool:
+    """Whether the weight only repeats along a dimension of the result, or does not have it."""
+    if dim >= len(shape):
+        return False
+    own = dim - (len(shape) - weight.dim())
+    if own < 0:
+        return True
+    if weight.shape[own] == 1:
+        return shape[dim] != 1 or weight.execution.is_single
+    return weight.execution.num_examples in (None, shape[dim]) and repeats(weight, own)
 
 
 def _against_data(op: Callable[..., Tensor], a: Any, b: Any, **kwargs: Any) -> Tensor | None:
@@ -85,14 +87,13 @@ def _sum(a: Any, b: Any, plain: Tensor, sign: float) -> FlipoutTensor:
             execution = execution or operand.execution
             operand = expand_weight(operand, plain.shape)
             center = center + factor * operand.center
-            terms += [
-                Term(t.delta if factor == 1 else factor * t.delta, t.draws, t.factors)
-                for t in operand.terms
-            ]
+            for t in operand.terms:
+                delta = t.delta if factor == 1 else factor * t.delta
+                terms.append(Term(delta.to(plain.dtype), t.draws, t.factors))
         else:
             center = center + factor * operand
     assert execution is not None
-    return FlipoutTensor.build(plain, center, terms, execution)
+    return FlipoutTensor.build(plain, center, terms, execution, common_lead(plain, a, b))
 
 
 def _plain(obj: Any) -> Any:
@@ -113,7 +114,8 @@ def _plain(obj: Any) -> Any:
     Tensor.__rsub__,
     flips="against data every entry of the weight; else a flipped weight again",
 )
-def add(op: Callable[..., Tensor], a: Any, b: Any, *, alpha: Any = 1) -> Tensor:
+def add(op: Callable[..., Tensor], input: Any, other: Any, *, alpha: Any = 1) -> Tensor:
+    a, b = input, other
     if op is torch.rsub or op is Tensor.__rsub__:
         a, b = b, a
     sign = 1.0 if op in _ADDITIONS else -1.0
@@ -139,15 +141,16 @@ _ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
     Tensor.__rmul__,
     flips="against data every entry of the weight; else a flipped weight again",
 )
-def mul(op: Callable[..., Tensor], a: Any, b: Any) -> Tensor:
+def mul(op: Callable[..., Tensor], input: Any, other: Any) -> Tensor:
+    a, b = input, other
     if isinstance(a, FlipoutTensor) and isinstance(b, FlipoutTensor):
         return _product(a, b)
     out = _against_data(operator.mul, a, b)
     if out is not None:
         return out
-    weight, other = (a, b) if isinstance(a, FlipoutTensor) else (b, a)
-    shape = torch.broadcast_shapes(weight.shape, getattr(other, "shape", ()))
-    return map_values(expand_weight(weight, shape), lambda value: value * other)
+    weight, factor = (a, b) if isinstance(a, FlipoutTensor) else (b, a)
+    shape = torch.broadcast_shapes(weight.shape, getattr(factor, "shape", ()))
+    return map_values(expand_weight(weight, shape), lambda value: value * factor)
 
 
 def _product(a: FlipoutTensor, b: FlipoutTensor) -> FlipoutTensor:
@@ -161,7 +164,9 @@ def _product(a: FlipoutTensor, b: FlipoutTensor) -> FlipoutTensor:
         for s in a.terms
         for t in b.terms
     ]
-    return FlipoutTensor.build(a.plain * b.plain, a.center * b.center, terms, a.execution)
+    plain = a.plain * b.plain
+    lead = common_lead(plain, a, b)
+    return FlipoutTensor.build(plain, a.center * b.center, terms, a.execution, lead)
 
 
 @implements(
@@ -176,7 +181,10 @@ def _product(a: FlipoutTensor, b: FlipoutTensor) -> FlipoutTensor:
     flips="against data every entry of the weight; divided by a constant a flipped weight",
     limits="a constant divided by the weight is not linear: no rule",
 )
-def div(op: Callable[..., Tensor], a: Any, b: Any, *, rounding_mode: str | None = None) -> Tensor:
+def div(
+    op: Callable[..., Tensor], input: Any, other: Any, *, rounding_mode: str | None = None
+) -> Tensor:
+    a, b = input, other
     if op is Tensor.__rtruediv__:
         a, b = b, a
     if rounding_mode is not None:
@@ -189,6 +197,59 @@ def div(op: Callable[..., Tensor], a: Any, b: Any, *, rounding_mode: str | None 
         raise NoRule("division by a flipped weight is not linear in it")
     shape = torch.broadcast_shapes(a.shape, getattr(b, "shape", ()))
     return map_values(expand_weight(a, shape), lambda value: value / b)
+
+
+def _choice(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:
+    names = (
+        ["condition", "input", "other"] if op is torch.where else ["input", "condition", "other"]
+    )
+    bound = {**dict(zip(names, args, strict=False)), **kwargs}
+    if set(bound) != set(names):
+        raise NoRule("torch.where without values to choose from")
+    return bound["condition"], bound["input"], bound["other"]
+
+
+def _dim_of_choice(condition: Any, a: Any, b: Any) -> int | None:
+    """Dimension of the result that counts the examples; ``None`` if there are no data."""
+    weight = a if isinstance(a, FlipoutTensor) else b
+    data = [t for t in (condition, a, b) if isinstance(t, Tensor)]
+    data = [t for t in data if not isinstance(t, (FlipoutTensor, torch.nn.Parameter))]
+    if not isinstance(weight, FlipoutTensor) or isinstance(condition, FlipoutTensor) or not data:
+        return None
+    try:
+        return example_dim_of(weight, max(data, key=Tensor.dim))
+    except ExampleDimError:
+        return None
+
+
+@implements(
+    torch.where,
+    Tensor.where,
+    flips="against data every entry of the weight; else a flipped weight again",
+    limits="a condition larger than both that are no data: no rule",
+)
+def where(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    condition, a, b = _choice(op, *args, **kwargs)
+    dim = _dim_of_choice(condition, a, b)
+    if dim is not None:
+        ndim = max(t.dim() for t in (condition, a, b) if isinstance(t, Tensor))
+        a, b = (per_example(t, ndim, dim) if isinstance(t, FlipoutTensor) else t for t in (a, b))
+        return torch.where(condition, a, b)
+    plain = torch.where(condition, getattr(a, "plain", a), getattr(b, "plain", b))
+    shape = torch.broadcast_shapes(getattr(a, "shape", ()), getattr(b, "shape", ()))
+    if isinstance(condition, FlipoutTensor) or plain.shape != shape:
+        raise NoRule("the condition is a flipped weight, or larger than what it chooses from")
+    center = torch.where(condition, getattr(a, "center", a), getattr(b, "center", b))
+    terms: list[Term] = []
+    for weight, chosen in ((a, condition), (b, ~condition)):
+        if isinstance(weight, FlipoutTensor):
+            execution = weight.execution
+            expanded = expand_weight(weight, shape)
+            terms += [
+                Term(t.delta.to(plain.dtype).masked_fill(~chosen, 0), t.draws, t.factors)
+                for t in expanded.terms
+            ]
+    return FlipoutTensor.build(plain, center, terms, execution, common_lead(plain, a, b))
 
 
 _IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -208,7 +269,8 @@ _IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
     flips="every entry of the weight, against data changed in place",
     limits="changing a flipped weight in place: no rule",
 )
-def in_place(op: Callable[..., Tensor], a: Any, b: Any, **kwargs: Any) -> Tensor:
+def in_place(op: Callable[..., Tensor], input: Any, other: Any, **kwargs: Any) -> Tensor:
+    a, b = input, other
     if isinstance(a, FlipoutTensor):
         raise NoRule("a flipped weight cannot be changed in place")
     dim = example_dim_of(b, a)
@@ -229,4 +291,4 @@ def prelu(op: Callable[..., Tensor], input: Tensor, weight: Tensor) -> Tensor:
     if isinstance(input, FlipoutTensor):
         raise NoRule("the input is itself a flipped weight")
     slope = align(weight, input.dim(), 1) if weight.numel() > 1 else weight
-    return torch.relu(input) - slope * torch.relu(-input)
+    return torch.relu(input) + slope * input.clamp(max=0)  # its gradient at 0 is torch's

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_flipout import kernels
 from pyro_flipout.rules._product import Kernel, _route, find_examples, flipped_product, plain
+from pyro_flipout.rules.contraction import contract
 from pyro_flipout.tensor import Execution, FlipoutTensor, NoRule, implements
 
 
@@ -23,7 +24,9 @@ from pyro_flipout.tensor import Execution, FlipoutTensor, NoRule, implements
 )
 def linear(op: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
     if isinstance(input, FlipoutTensor):
-        out = torch.matmul(input, weight.mT if weight.dim() > 1 else weight)
+        rows = "abcdefgh"[: input.dim() - 1]
+        columns = "C" if weight.dim() > 1 else ""
+        out = contract(op, input, weight, rows + "K", columns + "K", rows + columns)
         return out if bias is None else torch.add(out, bias)
     if not isinstance(weight, FlipoutTensor):
         return torch.add(op(input, weight), bias)  # only the bias is flipped
@@ -37,6 +40,8 @@ def linear(op: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Any =
     if weight.dim() != 2:
         out = flipped_product(weight, input, op, {in_dim: last}, out_dims, dim)
         return out if bias is None else torch.add(out, bias)
+    if bias is not None and bias.dim() != 1:
+        return torch.add(linear(op, input, weight), bias)
     fused = None if isinstance(bias, FlipoutTensor) else bias
     in_one = _in_one_kernel(weight, input, fused, dim)
     if in_one is not None:

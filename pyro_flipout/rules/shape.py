@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flipout.tensor import Factor, FlipoutTensor, NoRule, Term, implements
+from pyro_flipout.rules._product import per_example
+from pyro_flipout.tensor import Factor, FlipoutTensor, NoRule, Term, implements, unwrap
 
 ValueMap = Callable[[Tensor], Tensor]
 FLIPS = "the result is a flipped weight"
@@ -42,6 +43,32 @@ def map_entries(weight: FlipoutTensor, fn: ValueMap) -> FlipoutTensor:
 
 def map_factors(term: Term, shape: torch.Size, fn: ValueMap) -> tuple[Factor, ...]:
     return tuple((draw, _collapse(fn(codes.expand(shape)))) for draw, codes in term.factors)
+
+
+def common_lead(plain: Tensor, *weights: Any) -> int:
+    """Number of particle dimensions of a result: of a weight that it has the dimensions of."""
+    return max(
+        (
+            w.lead_dims
+            for w in weights
+            if isinstance(w, FlipoutTensor)
+            and w.dim() == plain.dim()
+            and w.shape[: w.lead_dims] == plain.shape[: w.lead_dims]
+        ),
+        default=0,
+    )
+
+
+def repeats(weight: FlipoutTensor, dim: int) -> bool:
+    """Whether a weight is the same all along a dimension, signs included."""
+    if weight.plain.stride(dim) == 0:
+        return True
+    if any(codes.size(dim) > 1 for term in weight.terms for _, codes in term.factors):
+        return False
+    return all(
+        bool((value == value.narrow(dim, 0, 1)).all())
+        for value in (weight.plain, weight.center, *(term.delta for term in weight.terms))
+    )
 
 
 def _collapse(codes: Tensor) -> Tensor:
@@ -67,9 +94,9 @@ def expand_weight(weight: FlipoutTensor, shape: Sequence[int]) -> FlipoutTensor:
         )
         for t in weight.terms
     ]
-    return FlipoutTensor.build(
-        weight.plain.expand(shape), weight.center.expand(shape), terms, weight.execution
-    )
+    plain = weight.plain.expand(shape)
+    lead = common_lead(plain, weight)
+    return FlipoutTensor.build(plain, weight.center.expand(shape), terms, weight.execution, lead)
 
 
 def align(weight: Tensor, ndim: int, dim: int) -> Tensor:
@@ -139,9 +166,13 @@ def view(op: Callable[..., Tensor], input: FlipoutTensor, *args: Any, **kwargs: 
     flips=FLIPS + ", where its sign factors still vary along one dimension each",
     limits="a reshape that mixes the dimensions of the signs: no rule",
 )
-def reshape(op: Callable[..., Any], input: FlipoutTensor, *args: Any, **kwargs: Any) -> Any:
+def reshape(op: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(input, FlipoutTensor):  # x.view_as(w)
+        return op(input, *unwrap(args), **unwrap(kwargs))
     if op is Tensor.view and any(isinstance(arg, torch.dtype) for arg in args):
         raise NoRule("reinterpreting the bytes of a flipped weight is not linear")
+    if "size" in kwargs:  # of view, which becomes a reshape
+        args = (*args, kwargs.pop("size"))
     for name in ("view", "view_as"):
         if op is getattr(Tensor, name):  # expanded codes may need a copy where the weight does not
             op = getattr(Tensor, name.replace("view", "reshape"))
@@ -151,7 +182,7 @@ def reshape(op: Callable[..., Any], input: FlipoutTensor, *args: Any, **kwargs: 
 @implements(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, flips=FLIPS)
 def expand(op: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if not isinstance(input, FlipoutTensor):  # x.expand_as(w)
-        return op(input, *(getattr(arg, "plain", arg) for arg in args), **kwargs)
+        return op(input, *unwrap(args), **unwrap(kwargs))
     return expand_weight(input, op(input.plain, *args, **kwargs).shape)
 
 
@@ -207,7 +238,7 @@ def split(op: Callable[..., Any], input: FlipoutTensor, *args: Any, **kwargs: An
 )
 def copy(op: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if not isinstance(input, FlipoutTensor):  # x.type_as(w)
-        return op(input, *(getattr(arg, "plain", arg) for arg in args), **kwargs)
+        return op(input, *unwrap(args), **unwrap(kwargs))
     out = map_values(input, lambda value: op(value, *args, **kwargs))
     if out.device == input.device:
         return out
@@ -215,7 +246,7 @@ def copy(op: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) ->
         Term(t.delta, t.draws, tuple((d, c.to(out.device)) for d, c in t.factors))
         for t in out.terms
     ]
-    return FlipoutTensor.build(out.plain, out.center, terms, out.execution)
+    return FlipoutTensor.build(out.plain, out.center, terms, out.execution, out.lead_dims)
 
 
 @implements(
@@ -238,36 +269,8 @@ def masked_fill(
     plain = op(input.plain, mask, value)
     input = expand_weight(input, plain.shape)
     terms = [Term(t.delta.masked_fill(mask, 0), t.draws, t.factors) for t in input.terms]
-    return FlipoutTensor.build(plain, op(input.center, mask, value), terms, input.execution)
-
-
-def _choice(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:
-    names = (
-        ["condition", "input", "other"] if op is torch.where else ["input", "condition", "other"]
-    )
-    bound = {**dict(zip(names, args, strict=False)), **kwargs}
-    if set(bound) != set(names):
-        raise NoRule("torch.where without values to choose from")
-    return bound["condition"], bound["input"], bound["other"]
-
-
-@implements(torch.where, Tensor.where, flips=FLIPS, limits="a condition larger than both: no rule")
-def where(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    condition, a, b = _choice(op, *args, **kwargs)
-    plain = torch.where(condition, getattr(a, "plain", a), getattr(b, "plain", b))
-    shape = torch.broadcast_shapes(getattr(a, "shape", ()), getattr(b, "shape", ()))
-    if isinstance(condition, FlipoutTensor) or plain.shape != shape:
-        raise NoRule("the condition is a flipped weight, or larger than what it chooses from")
-    center = torch.where(condition, getattr(a, "center", a), getattr(b, "center", b))
-    terms: list[Term] = []
-    for weight, chosen in ((a, condition), (b, ~condition)):
-        if isinstance(weight, FlipoutTensor):
-            execution = weight.execution
-            expanded = expand_weight(weight, shape)
-            terms += [
-                Term(t.delta.masked_fill(~chosen, 0), t.draws, t.factors) for t in expanded.terms
-            ]
-    return FlipoutTensor.build(plain, center, terms, execution)
+    center = op(input.center, mask, value)
+    return FlipoutTensor.build(plain, center, terms, input.execution, common_lead(plain, input))
 
 
 @implements(F.dropout, flips=FLIPS + ", with one mask for all examples")
@@ -307,16 +310,22 @@ def pad(
 ) -> Tensor:
     if mode != "constant":
         raise NoRule(f"padding a flipped weight with mode {mode!r} is not covered")
+
+    def pad_codes(codes: Tensor) -> Tensor:
+        # Where delta is zero the sign is free: codes stay constant where they are.
+        widths = list(pad)
+        for i in range(len(widths) // 2):
+            if codes.size(-1 - i) == 1:
+                widths[2 * i : 2 * i + 2] = 0, 0
+        return op(codes, widths)
+
+    plain = op(input.plain, pad, mode, value)
     terms = [
-        Term(op(t.delta, pad), t.draws, map_factors(t, input.shape, lambda c: op(c, pad)))
+        Term(op(t.delta, pad), t.draws, tuple((d, pad_codes(c)) for d, c in t.factors))
         for t in input.terms
     ]
-    return FlipoutTensor.build(
-        op(input.plain, pad, mode, value),
-        op(input.center, pad, mode, value),
-        terms,
-        input.execution,
-    )
+    center = op(input.center, pad, mode, value)
+    return FlipoutTensor.build(plain, center, terms, input.execution, common_lead(plain, input))
 
 
 @implements(torch.cat, torch.concat, torch.concatenate, torch.stack, flips=FLIPS)
@@ -330,7 +339,12 @@ def cat(
     def join(parts: Sequence[Tensor]) -> Tensor:
         return op(list(parts), dim)
 
-    values = [w.plain if isinstance(w, FlipoutTensor) else w for w in tensors]
+    if op is not torch.stack and any(_is_data(t) for t in tensors):
+        explicit = _beside_data(tensors, dim % tensors[0].dim())
+        if explicit is not None:
+            return join(explicit)
+    values = unwrap(list(tensors))
+    plain = join(values)
     centers = [w.center if isinstance(w, FlipoutTensor) else w for w in tensors]
     terms = []
     for i, weight in enumerate(tensors):
@@ -343,8 +357,36 @@ def cat(
                         [part if j == i else part.new_zeros(v.shape) for j, v in enumerate(values)]
                     )
 
-                terms.append(Term(put(t.delta), t.draws, _cat_factors(t, weight, op, dim, put)))
-    return FlipoutTensor.build(join(values), join(centers), terms, execution)
+                delta = put(t.delta.to(plain.dtype))
+                terms.append(Term(delta, t.draws, _cat_factors(t, weight, op, dim, put)))
+    lead = common_lead(plain, *tensors)
+    return FlipoutTensor.build(plain, join(centers), terms, execution, lead)
+
+
+def _is_data(tensor: Tensor) -> bool:
+    return not isinstance(tensor, (FlipoutTensor, torch.nn.Parameter))
+
+
+def _beside_data(tensors: Sequence[Tensor], dim: int) -> list[Tensor] | None:
+    """Data and the weights of all examples, ``None`` if the other tensors are constants.
+
+    They are data if the weights repeat along the example dimension, as a class token does.
+    """
+    weights = [t for t in tensors if isinstance(t, FlipoutTensor)]
+    example_dim = weights[0].execution.example_dim
+    if dim == example_dim or example_dim >= tensors[0].dim():
+        return None
+    size = weights[0].size(example_dim)
+    if size == 1 or not all(repeats(w, example_dim) for w in weights):
+        return None
+    weights[0].execution.count(size, f"data of shape {tuple(tensors[0].shape)}")
+    return [_explicit_along(t, example_dim) if isinstance(t, FlipoutTensor) else t for t in tensors]
+
+
+def _explicit_along(weight: FlipoutTensor, dim: int) -> Tensor:
+    """The weights of all examples in place of the repetition along ``dim``."""
+    one = map_entries(weight, lambda value: value.narrow(dim, 0, 1))
+    return per_example(one, weight.dim(), dim)
 
 
 def _cat_factors(
@@ -359,16 +401,15 @@ def _cat_factors(
     return tuple(
         (
             draw,
-            codes
-            if codes.size(dim) == 1
-            else _collapse_except(put(codes.expand(weight.shape)), dim),
+            codes if codes.size(dim) == 1 else _narrow_like(put(codes.expand(weight.shape)), codes),
         )
         for draw, codes in term.factors
     )
 
 
-def _collapse_except(codes: Tensor, dim: int) -> Tensor:
-    for other in range(codes.dim()):
-        if other != dim:
-            codes = codes.narrow(other, 0, 1)
+def _narrow_like(codes: Tensor, like: Tensor) -> Tensor:
+    """``codes`` of size 1 again in the dimensions along which ``like`` does not vary."""
+    for dim in range(codes.dim()):
+        if like.size(dim) == 1:
+            codes = codes.narrow(dim, 0, 1)
     return codes

@@ -1,5 +1,7 @@
 """Vectorised particles and parallel Predictive with stock layers."""
 
+import itertools
+
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
@@ -42,6 +44,20 @@ class Tokens(nn.Module):
         return self.head(self.act(self.embed(x)).mean(-2))
 
 
+class Shifted(nn.Module):
+    """Layers of weights that are functions of weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.u = nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(3, 2))
+        self.b = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        w = torch.where(torch.arange(2) > 0, self.w + 1, self.w * self.u)
+        w = torch.cat([w.masked_fill(torch.eye(3, 2) > 0, 0.5), self.u - self.w], -1)
+        return torch.nn.functional.linear(x, torch.nn.functional.pad(w, (1, 0)), self.b)
+
+
 NETS = {
     "mlp": (lambda: mlp((4, 6, 3)), lambda n: torch.randn(n, 4)),
     "conv": (Conv, lambda n: torch.randn(n, 2, 6)),
@@ -68,12 +84,13 @@ def vectorised(fn):
     return run
 
 
-@pytest.mark.parametrize("flipped", [True, False])
 @pytest.mark.parametrize("batch", [N, K])  # K examples: sizes alone do not tell
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    ("name", "flipped"), [*itertools.product(NETS, (True, False)), ("shifted", True)]
+)
 def test_particles_equal_sequential_ones(name, batch, flipped, float64):
     """The same draws give the same densities, particle by particle and example by example."""
-    make, data = NETS[name]
+    make, data = {**NETS, "shifted": (Shifted, lambda n: torch.randn(n, 5))}[name]
     net = make()
     plain = dict(net.named_parameters())
     model = model_of(net)
@@ -140,6 +157,24 @@ def test_one_particle_meets_data_with_as_many_dimensions(float64):
         out = handler(model)(x)  # (N, 4, 2)
     w = handler.seen["w"].materialize()  # (N, 1, 1, 2)
     torch.testing.assert_close(out, x * w[:, 0])
+
+
+def test_products_of_matrices_with_particles_are_shared():
+    def model(x):
+        w, v = (
+            pyro.sample(n, dist.Normal(0.0, 1.0).expand(shape).to_event(2))
+            for n, shape in (("w", [2, 4]), ("v", [4, 3]))
+        )
+        return torch.tanh(x @ w) @ v
+
+    x, handler = torch.randn(N, 2), Recording()
+    with (
+        pyro.plate("num_particles_vectorized", K, dim=-2),
+        pytest.warns(FlipoutWarning, match="'[wv]' keeps its shared draw"),
+    ):
+        out = handler(model)(x)
+    assert out.shape == (K, 1, N, 3)
+    assert all(d.startswith("shared") for d in handler.decisions.values())
 
 
 def test_particles_have_signs_of_their_own():

@@ -306,3 +306,30 @@ def test_a_result_that_is_written_into_out_keeps_the_shared_draw(op):
     with pytest.warns(FlipoutWarning, match="the result is written into out="):
         assert op(x, weight, out=out) is out
     assert torch.equal(out, op(x, center + delta))
+
+
+@pytest.mark.parametrize("op", [torch.add, torch.mul])
+def test_a_weight_changed_in_place_is_used_as_it_is_then(op):
+    w, u = weights((4, 3), (4, 3))
+    x = data(N, 3)
+    changed = w * 1
+    with pytest.warns(FlipoutWarning, match="__setitem__"):
+        changed[0] = 0.0
+    expected = w.plain.detach().clone()
+    expected[0] = 0.0
+    combined = op(changed, u)
+    torch.testing.assert_close(combined.plain.detach(), op(expected, u.plain.detach()))
+    torch.testing.assert_close(combined.materialize(N), op(expected, u.materialize(N)), **CLOSE)
+    out = F.linear(x, combined)
+    torch.testing.assert_close(out[:, 0], F.linear(x, op(expected[0], u[0])), **CLOSE)
+
+
+def test_one_example_needs_no_rule():
+    """It sees the shared draw, so that no weight has to be left shared for the batches to come."""
+    execution = Execution(on_missing_rule="error")
+    w = random_weight(1, execution=execution)
+    x = data(1, 3)
+    y = F.linear(x, random_weight(1, 3, execution=execution)) + w
+    torch.testing.assert_close(y**2 + w.exp(), (y**2 + w.plain.exp()))
+    assert type(y) is torch.Tensor
+    assert not w.draws[0].shared
