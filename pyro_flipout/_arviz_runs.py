@@ -31,6 +31,7 @@ from pyro_flipout._arviz_sites import (
     sample_sites,
     unscaled_log_prob,
 )
+from pyro_flipout.infer._minibatches import example_dim_of
 from pyro_flipout.poutine import flipout
 
 __all__ = [
@@ -90,9 +91,8 @@ def batches_of(whole: Batch, batch_size: int, batch_dim: int = 0) -> Iterator[Ba
         )
 
     def cut(leaf: Any, start: int) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > batch_dim and leaf.shape[batch_dim] == rows:
-            return leaf.narrow(batch_dim, start, min(batch_size, rows - start))
-        return leaf
+        dim = example_dim_of(leaf, batch_dim, rows)
+        return leaf if dim is None else leaf.narrow(dim, start, min(batch_size, rows - start))
 
     for start in range(0, rows, batch_size):
         yield Batch(*tree_map(lambda leaf: cut(leaf, start), (whole.args, whole.kwargs)))  # noqa: B023

@@ -37,6 +37,7 @@ from pyro_flipout._arviz_sites import (
     check_guide,
     data_frame,
     event_dim_of,
+    in_plate,
     is_deterministic,
     is_latent,
     is_observation,
@@ -78,6 +79,8 @@ class Sampler:
         self.stats = {name: np.zeros(self.num_samples) for name in ("log_p", "log_q")}
         first, batches, total = self._batches()
         for b, batch in enumerate(batches):
+            if b > 0:
+                self._check_batch(batch)
             noise = draw_seeds(rng, self.num_samples), draw_seeds(rng, self.num_prior)
             for s in self._bar(self.num_samples, "posterior", b, total):
                 run = self.program.posterior(first, batch, self.seeds[s], noise[0][s], new=False)
@@ -120,7 +123,8 @@ class Sampler:
         with torch.no_grad():
             guide = self.program.trace(self.program.guide, batch)
             trace = self.program.trace(self.program.model, batch, guide)
-        self.observed = {name for name, site in sample_sites(trace) if is_observation(site)}
+        observed = {name: site for name, site in sample_sites(trace) if is_observation(site)}
+        self.observed = set(observed)
         if not self.observed:
             raise ValueError(
                 "to_arviz: the model observes nothing when called with these arguments; give "
@@ -128,8 +132,33 @@ class Sampler:
             )
         check_guide(trace, guide)
         frame = data_frame(trace, rows_of(batch, self.batch_dim), self.data_plate)
-        self.program.plate = None if frame is None else frame.name
+        self.program.plate = plate = None if frame is None else frame.name
+        self._outside = {
+            name: site["value"] for name, site in observed.items() if not in_plate(site, plate)
+        }
         return frame
+
+    def _check_batch(self, batch: Batch) -> None:
+        """All that changes from one batch to the next must lie in the plate of the examples."""
+        if self.program.plate is None:
+            raise ValueError(
+                "to_arviz: got several batches, but the model has no plate that counts the "
+                "examples, so that nothing says how batches go together; put what it observes "
+                "into pyro.plate('data', len(x)), or give all data at once"
+            )
+        if not self._outside:
+            return
+        with torch.no_grad():
+            guide = self.program.trace(self.program.guide, batch)
+            trace = self.program.trace(self.program.model, batch, guide)
+        for name, value in self._outside.items():
+            now = trace.nodes[name]["value"] if name in trace.nodes else None
+            if now is None or now.shape != value.shape or not torch.equal(now, value):
+                raise ValueError(
+                    f"to_arviz: got several batches, and the observed site '{name}' changes with "
+                    f"them, but lies outside of the plate '{self.program.plate}' that counts the "
+                    "examples; put it into that plate, or give all data at once"
+                )
 
     def _predict(self, first: Batch, inputs: Any, rng: np.random.Generator) -> None:
         if inputs is None:

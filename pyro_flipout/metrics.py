@@ -172,8 +172,9 @@ def predictive_uncertainty(probs: ArrayLike) -> Uncertainty:
     Depeweg et al. 2018 (https://arxiv.org/abs/1710.07283).
 
     :param probs: ``(draws, *, classes)``, the class probabilities under each draw of the weights.
+    :raises ValueError: if they are none.
     """
-    probs = _array(probs)
+    probs = _probabilities(probs)
     total, aleatoric = _entropy(probs.mean(0)), _entropy(probs).mean(0)
     return Uncertainty(total, aleatoric, np.maximum(total - aleatoric, 0.0))
 
@@ -189,7 +190,8 @@ def crps_ensemble(draws: ArrayLike, truth: ArrayLike, reduction: Reduction = "me
     :param truth: ``(*)``.
     :returns: the mean, or ``(*)``. Lower is better.
     """
-    draws, truth = np.sort(_array(draws), 0), _array(truth)
+    draws, truth = _ensemble("crps_ensemble", draws, truth)
+    draws = np.sort(draws, 0)
     size = len(draws)
     ranks = (2 * np.arange(1, size + 1) - size - 1).reshape(-1, *[1] * truth.ndim)
     spread = (ranks * draws).sum(0) / size**2  # half of E|X - X'|, by order statistics
@@ -199,10 +201,23 @@ def crps_ensemble(draws: ArrayLike, truth: ArrayLike, reduction: Reduction = "me
 def crps_gaussian(
     loc: ArrayLike, scale: ArrayLike, truth: ArrayLike, reduction: Reduction = "mean"
 ) -> Any:
-    """The same score of a Normal prediction, in closed form (Gneiting et al. 2005, eq. 5)."""
+    """The same score of a Normal prediction, in closed form (Gneiting et al. 2005, eq. 5).
+
+    :param loc: ``(*)``, or one number.
+    :param scale: ``(*)``, or one number; positive.
+    :param truth: ``(*)``.
+    """
     from scipy.special import ndtr
 
     loc, scale, truth = _array(loc), _array(scale), _array(truth)
+    for name, values in (("loc", loc), ("scale", scale)):
+        if values.shape not in ((), truth.shape):
+            raise ValueError(
+                f"crps_gaussian: got {name} of shape {values.shape} for truth of shape "
+                f"{truth.shape}, expected the same, or one number"
+            )
+    if np.any(scale <= 0):
+        raise ValueError(f"crps_gaussian: got a scale of {scale.min()}, expected positive ones")
     z = (truth - loc) / scale
     density = np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
     return _reduce(
@@ -220,9 +235,11 @@ def interval_coverage(
     """
     if not 0 < level < 1:
         raise ValueError(f"interval_coverage: got level={level}, expected one between 0 and 1")
-    low, high = np.quantile(_array(draws), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    truth = _array(truth)
-    return _reduce(((low <= truth) & (truth <= high)).astype(float), reduction)
+    draws, truth = _ensemble("interval_coverage", draws, truth)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    covered = ((low <= truth) & (truth <= high)).astype(float)
+    unknown = np.isnan(low) | np.isnan(truth)  # neither covered nor not
+    return _reduce(np.where(unknown, np.nan, covered), reduction)
 
 
 class OODScores(NamedTuple):
@@ -264,8 +281,25 @@ def _array(values: Any) -> Array:
     return np.asarray(values, dtype=np.float64)
 
 
-def _classes(probs: ArrayLike, labels: Any) -> tuple[Array, Array]:
-    probs = _array(probs)
+def _ensemble(name: str, draws: Any, truth: Any) -> tuple[Array, Array]:
+    draws, truth = _array(draws), _array(truth)
+    if draws.ndim == 0 or draws.shape[1:] != truth.shape:
+        raise ValueError(
+            f"{name}: got draws of shape {draws.shape} for truth of shape {truth.shape}, expected "
+            "draws of shape (draws, *truth.shape)"
+        )
+    return draws, truth
+
+
+def _probabilities(values: Any) -> Array:
+    probs: Array = _array(values)
+    if np.any(probs < 0) or not np.allclose(probs.sum(-1), 1.0, atol=1e-3):
+        raise ValueError("got probs that do not sum to 1; give probabilities, not logits")
+    return probs
+
+
+def _classes(probs: Any, labels: Any) -> tuple[Array, Array]:
+    probs = _probabilities(probs)
     labels = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
     if labels.shape != probs.shape[:-1] or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
@@ -274,8 +308,6 @@ def _classes(probs: ArrayLike, labels: Any) -> tuple[Array, Array]:
         )
     if labels.size and not (labels.min() >= 0 and labels.max() < probs.shape[-1]):
         raise ValueError(f"got labels outside 0 to {probs.shape[-1] - 1}")
-    if np.any(probs < 0) or not np.allclose(probs.sum(-1), 1.0, atol=1e-3):
-        raise ValueError("got probs that do not sum to 1; give probabilities, not logits")
     return probs, labels
 
 

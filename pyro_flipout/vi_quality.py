@@ -64,8 +64,8 @@ def vi_quality(idata: Any) -> VIQuality:
     while predictions, which depend on few directions of them, may be fine.
 
     :param idata: what :func:`pyro_flipout.to_arviz` returns.
-    :raises ValueError: without ``log_p`` and ``log_q`` in ``sample_stats``, or with fewer than
-        100 draws.
+    :raises ValueError: without ``log_p`` and ``log_q`` in ``sample_stats``, if they are not finite
+        (``log_p`` may be -inf), or with fewer than 100 draws.
     """
     stats = dict(groups_of(idata)).get("sample_stats")
     if stats is None or not {"log_p", "log_q"} <= set(stats):
@@ -76,6 +76,13 @@ def vi_quality(idata: Any) -> VIQuality:
     ratios = (stats["log_p"] - stats["log_q"]).values.ravel()
     if len(ratios) < MIN_DRAWS:
         raise ValueError(f"vi_quality: got {len(ratios)} draws, expected at least {MIN_DRAWS}")
+    bad = np.flatnonzero(np.isnan(ratios) | (ratios == np.inf))
+    if len(bad):
+        raise ValueError(
+            f"vi_quality: log_p - log_q is not a number or infinite for {len(bad)} of "
+            f"{len(ratios)} draws, the first of them number {bad[0]}; look at the log-densities of "
+            "that draw, or leave such draws out: idata.isel(draw=...)"
+        )
     log_weights, khat = psis(ratios)
     verdict = "good" if khat < GOOD else "usable" if khat < USABLE else "bad"
     effective = float(np.exp(-np.logaddexp.reduce(2 * log_weights)))

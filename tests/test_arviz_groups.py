@@ -217,6 +217,18 @@ def test_verdict_and_resampling_are_exact_for_equal_ratios_and_for_few_heavy_one
     np.testing.assert_array_equal(again["posterior"]["w"][0], np.arange(200))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_ratio_that_is_no_number_is_an_error(bad):
+    ratios = np.zeros(200)
+    ratios[[7, 9]] = bad
+    for judge in (quality.vi_quality, quality.importance_resample):
+        with pytest.raises(ValueError, match="for 2 of 200 draws, the first of them number 7"):
+            judge(with_ratios(ratios))
+    ratios[[7, 9]] = -np.inf
+    again = datasets(quality.importance_resample(with_ratios(ratios)))
+    assert not {7, 9} & set(again["posterior"]["w"][0].values)
+
+
 def test_resampling_gives_the_expectation_under_p():
     """Draws of N(0, 1), ratios to N(0.5, 0.8): the mean and sd become those of p."""
     w = np.random.default_rng(1).normal(size=4000)

@@ -419,6 +419,34 @@ def test_errors_say_what_to_do(fit):
         call(guide, x, y, large="thin")
 
 
+def no_plate(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([D]).to_event(1))
+    pyro.sample("y", dist.Normal(x @ w, 1.0).to_event(1), obs=y)
+
+
+def beside_the_plate(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([D]).to_event(1))
+    pyro.sample("total", dist.Normal(w.sum(), 1.0), obs=x.sum())
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(no_plate, "no plate that counts the examples"), (beside_the_plate, "site 'total' changes")],
+)
+def test_batches_must_go_together(model, message):
+    x, y = data()
+    guide = AutoNormal(model)
+    guide(x, y)
+    with pytest.raises(ValueError, match=message):
+        call(guide, x, y, model=model, batch_size=3)
+    with pytest.raises(ValueError, match=message):
+        call(guide, DataLoader(TensorDataset(x, y), batch_size=3), model=model)
+    assert call(guide, x, y, model=model)["observed_data"]["y"].shape == (N,)
+    assert call(guide, x, y, model=model, batch_size=N)["observed_data"]["y"].shape == (N,)
+
+
 def test_two_plates_of_the_same_size_need_a_word():
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))

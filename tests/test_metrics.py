@@ -144,7 +144,37 @@ def test_ood_scores_by_hand(kind):
     assert metrics.ood_scores(steps, steps + 0.5).fpr95 == pytest.approx(18 / 20)
 
 
+def test_shapes_are_not_broadcast():
+    column, row = np.zeros((5, 1)), np.zeros(5)
+    with pytest.raises(ValueError, match=r"scale of shape \(5, 1\) for truth of shape \(5,\)"):
+        metrics.crps_gaussian(row, column + 1, row)
+    with pytest.raises(ValueError, match=r"loc of shape \(5, 1\)"):
+        metrics.crps_gaussian(column, row + 1, row)
+    for score in (metrics.crps_ensemble, metrics.interval_coverage):
+        with pytest.raises(
+            ValueError, match=r"draws of shape \(9, 5, 1\) for truth of shape \(5,\)"
+        ):
+            score(np.zeros((9, 5, 1)), row)
+    assert metrics.crps_gaussian(0.0, 1.0, row) == metrics.crps_gaussian(row, row + 1, row)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_scale_is_positive(scale):
+    with pytest.raises(ValueError, match=f"scale of {scale}, expected positive"):
+        metrics.crps_gaussian(0.0, scale, np.zeros(5))
+
+
+def test_an_unknown_target_is_neither_covered_nor_missed():
+    draws, truth = np.linspace(0, 1, 11)[:, None] * np.ones(3), np.array([0.5, np.nan, 9.0])
+    draws[:, 2][0] = np.nan
+    inside = metrics.interval_coverage(draws, truth, reduction="none")
+    np.testing.assert_array_equal(inside, [1, np.nan, np.nan])
+    assert np.isnan(metrics.interval_coverage(draws, truth))
+
+
 def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match="probabilities, not logits"):
+        metrics.predictive_uncertainty(np.array([[[2.0, -1.0]]]))
     with pytest.raises(ValueError, match="probabilities, not logits"):
         metrics.nll(np.array([[2.0, -1.0]]), np.array([0]))
     with pytest.raises(ValueError, match="labels of shape"):

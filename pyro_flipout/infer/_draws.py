@@ -229,3 +229,12 @@ def check_family(family: Family) -> None:
                 f"{type(fn).__name__} is not symmetric about its first argument with its second "
                 "argument as scale"
             )
+    # The guide draws `loc + scale * noise` itself.
+    if not all(
+        isinstance(found, Tensor) and torch.equal(found.expand_as(given), given)
+        for found, given in ((getattr(fn, "loc", None), loc), (getattr(fn, "scale", None), scale))
+    ):
+        raise ValueError(
+            f"{type(fn).__name__} is made with another loc or scale than the family was given; "
+            "pass them on as they are, and put a factor of the scale into init_scale"
+        )

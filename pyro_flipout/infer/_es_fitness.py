@@ -27,8 +27,11 @@ def _center(fitness: Tensor, antithetic: bool) -> Tensor:
 
 def _normalize(fitness: Tensor, antithetic: bool) -> Tensor:
     centered = fitness - fitness.mean()
-    size = centered.pow(2).mean().sqrt()
-    return centered / size if size > 0 else centered
+    largest = centered.abs().max()
+    if not largest > 0:
+        return centered
+    centered = centered / largest  # whose squares do not overflow
+    return centered / centered.pow(2).mean().sqrt()
 
 
 def _rank(fitness: Tensor, antithetic: bool) -> Tensor:
@@ -72,4 +75,7 @@ def checked_fitness(fitness: Any, num_members: int) -> Tensor:
             "es.member(n) gives the weights of one; use a smaller sigma, or replace their fitness "
             "by that of the worst"
         )
-    return fitness.detach() if fitness.is_floating_point() else fitness.double()
+    if not fitness.is_floating_point():
+        return fitness.double()
+    # Sums and ranks overflow half precision.
+    return fitness.detach().to(torch.promote_types(fitness.dtype, torch.float))

@@ -16,6 +16,17 @@ __all__ = ["Batches", "Data"]
 Batches = Callable[[int], "tuple[Any, ...]"]
 
 
+def example_dim_of(obj: Any, dim: int, rows: int) -> int | None:
+    """The dimension of an argument that counts the examples, ``None`` if there is none.
+
+    ``dim``, or the first of one that has no time, such as the labels ``(N,)`` of data
+    ``(T, N, features)``.
+    """
+    if not isinstance(obj, Tensor):
+        return None
+    return next((d for d in (dim, 0) if obj.dim() > d and obj.size(d) == rows), None)
+
+
 class Data:
     """What mini-batches are made of."""
 
@@ -56,8 +67,7 @@ class Data:
         index = torch.arange(size) if self.kind == "fixed" else torch.randint(self.rows, (size,))
 
         def take(obj: Any) -> Any:
-            if isinstance(obj, Tensor) and obj.dim() > self.dim and obj.size(self.dim) == self.rows:
-                return obj.index_select(self.dim, index.to(obj.device))
-            return obj
+            dim = example_dim_of(obj, self.dim, self.rows)
+            return obj if dim is None else obj.index_select(dim, index.to(obj.device))
 
         return tuple(map(take, self.args)), {k: take(v) for k, v in self.kwargs.items()}

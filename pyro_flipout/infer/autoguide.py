@@ -294,7 +294,13 @@ class AutoMeanField(AutoGuide):
         :param name: name of a latent site of the model.
         :returns: two copies, in the site's unconstrained shape.
         :raises KeyError: if there is no such site.
+        :raises RuntimeError: before the guide has run.
         """
+        if self.prototype_trace is None:
+            raise RuntimeError(
+                "AutoMeanField.loc_and_scale: the guide has not run yet, and learns the sites of "
+                "the model then; call it once with the model's arguments"
+            )
         for part, loc, scale in self._unpack():
             if part.name == name:
                 return loc.clone(), scale.clone()
@@ -374,10 +380,10 @@ def _standard_quantiles(fn: Any, levels: Tensor) -> Tensor:
     return quantiles
 
 
-def _direction(transform: Transform) -> int:
+def _direction(transform: Transform) -> int | Tensor:
     """-1 for a transform that decreases, such as that to ``less_than(0)``."""
     try:
-        return int(transform.sign)
+        return transform.sign
     except NotImplementedError:
         return 1
 

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pyro
+import pyro.poutine as poutine
 from pyro.infer import Trace_ELBO
+from pyro.poutine.messenger import Messenger
 from pyro.util import get_rng_state, set_rng_state
 
 from pyro_flipout.infer._gradients import Sampler, pieces_of
@@ -19,6 +21,9 @@ from pyro_flipout.infer._minibatches import Batches, Data
 from pyro_flipout.infer._moments import Moments, Spread
 from pyro_flipout.infer._variance_table import Table
 from pyro_flipout.infer.estimators import Estimator, estimators_of
+from pyro_flipout.poutine.flipout_messenger import Continuation
+from pyro_flipout.poutine.symmetric_draw import Message
+from pyro_flipout.tensor import FlipoutTensor
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -95,7 +100,7 @@ def gradient_variance(
         over ``(estimator, batch_size, site)``; ``seconds`` for a gradient, over ``(estimator,
         batch_size)``. See :func:`~pyro_flipout.infer.decompose_variance` and
         :func:`~pyro_flipout.infer.plot_gradient_variance`.
-    :raises ValueError: if an argument contradicts another.
+    :raises ValueError: if an argument contradicts another, or the model flips weights itself.
 
     .. note:: ``Trace_ELBO`` estimates the KL term from the draw of the weights, noise that
         belongs to no example. A model that does not scale its likelihood then has it at a weight
@@ -116,6 +121,7 @@ def gradient_variance(
     with _random_state(seed):
         first = data.batch(sizes[0])
         guide(*first[0], **first[1])
+        _check_bare(model, guide, *first)
         sampler = Sampler(model, guide, elbo or Trace_ELBO(), parameters, *first)
         pieces = pieces_of(sampler, *first)
         table = Table(list(wrapped), sizes, sampler, pieces, entries)
@@ -130,6 +136,37 @@ def gradient_variance(
                         tick(f"{name}, N = {size}")
                     table.put(name, size, moments, seconds.mean)
     return table.dataset(num_repeats, data.kind)
+
+
+class _Sees(Messenger):
+    """Learns which sites reach the program as flipped weights."""
+
+    never_sets_values = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flipped: set[str] = set()
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        msg["continuation"] = Continuation(self._look, msg)
+
+    def _look(self, msg: Message) -> None:
+        if isinstance(msg["value"], FlipoutTensor) and msg["value"].terms:
+            self.flipped.add(msg["name"])
+
+
+def _check_bare(model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+    """An estimator of the model's own would be compared with itself."""
+    sees = _Sees()
+    trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    with sees:
+        poutine.replay(model, trace=trace)(*args, **kwargs)
+    if sees.flipped:
+        raise ValueError(
+            f"gradient_variance: the model flips its sites {sorted(sees.flipped)} itself, expected "
+            "the bare model: not wrapped in flipout(...), and with the layers of torch.nn under "
+            "pyro_flipout.nn.bayesianize in place of Flipout layers"
+        )
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from pyro.poutine.reentrant_messenger import ReentrantMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
-from pyro_flipout.errors import FlipoutError
+from pyro_flipout.errors import FlipoutError, warn
 from pyro_flipout.poutine.module import wrap_module
 from pyro_flipout.poutine.symmetric_draw import Message, replayed_site
 
@@ -56,7 +56,25 @@ class TemperMessenger(ReentrantMessenger):
                 f"tempered: sites {sorted(both)} are named in both hide and expose; remove one"
             )
         self._frozen = False
+        self._seen: set[str] = set()
+        self._told: set[str] = set()
         self.factor = factor
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        if args[0] is None:
+            self._check_names()
+
+    def _check_names(self) -> None:
+        """Names given to hide or expose must be those of sites."""
+        for option, names in (("hide", self.hide), ("expose", self.expose)):
+            unknown = sorted((names or frozenset()) - self._seen)
+            if unknown and self._seen and option not in self._told:
+                self._told.add(option)
+                warn(
+                    f"tempered: {option} names {unknown}, but the latent sites are "
+                    f"{sorted(self._seen)}; correct the names"
+                )
 
     @property
     def factor(self) -> float:
@@ -76,6 +94,11 @@ class TemperMessenger(ReentrantMessenger):
 
     def __call__(self, fn: Any) -> Any:
         """Wraps a model, a guide, or an ELBO: each is given back as what it is."""
+        if isinstance(fn, _Tempered):
+            raise ValueError(
+                f"tempered: got an ELBO that is tempered already, with the factor "
+                f"{fn._temper.factor}; temper it once, with the product of the factors"
+            )
         if isinstance(fn, ELBO):
             return _tempered_elbo(fn, self)
         if isinstance(fn, torch.nn.Module):
@@ -109,6 +132,7 @@ class TemperMessenger(ReentrantMessenger):
             return False
         if _conditioned_outside(msg["name"]):
             return False
+        self._seen.add(msg["name"])
         name, hide, expose = msg["name"], self.hide or (), self.expose or ()
         if name in hide or name in expose:
             return name in expose

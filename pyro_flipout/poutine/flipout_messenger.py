@@ -175,18 +175,18 @@ class FlipoutMessenger(Messenger):
         if isinstance(msg["value"], FlipoutTensor):  # a deterministic site of flipped weights
             flipped = msg["value"]
             msg["value"] = flipped.plain
-            msg["continuation"] = _Continuation(lambda m: m.update(value=flipped), msg)
+            msg["continuation"] = Continuation(lambda m: m.update(value=flipped), msg)
         if not msg["is_observed"] or msg["infer"].get("_deterministic"):
             # Densities are those of the shared draw, in a prior's parameters too.
             prior = msg["infer"].get("prior")
             draws = _strip(msg["fn"] if prior is None else [msg["fn"], prior])
             if draws and not msg["is_observed"]:
-                msg["continuation"] = _Continuation(lambda m: self._check_prior(m, draws), msg)
+                msg["continuation"] = Continuation(lambda m: self._check_prior(m, draws), msg)
 
     def _pyro_post_sample(self, msg: Message) -> None:
         # Swapped in after every post-hook, so that each trace keeps the plain value.
         if not site_is_subsample(msg):
-            msg["continuation"] = _Continuation(self._finish, msg)
+            msg["continuation"] = Continuation(self._finish, msg)
 
     def _finish(self, msg: Message) -> None:
         if isinstance(msg["value"], FlipoutTensor):
@@ -343,7 +343,7 @@ class FlipoutMessenger(Messenger):
             )
 
 
-class _Continuation:
+class Continuation:
     """Runs ``step``, then whatever continuation the message has already.
 
     Post-hooks run from the outermost handler inwards, so the innermost handler is first.

@@ -153,7 +153,19 @@ def find_symmetric_draw(msg: Message, vouched: bool = False) -> SymmetricDraw | 
         return setter
     if msg["mask"] is False:
         return NoDraw("its density is masked out, as in Predictive")
+    if not vouched and _is_trial(msg):
+        return NoDraw("it is traced inside poutine.block, as MCMC does to learn the sites")
     return _drawn(msg)
+
+
+def _is_trial(msg: Message) -> bool:
+    """Whether a trace is made that nobody outside sees anything of, as in MCMC's set-up."""
+    hidden = False
+    for frame in runtime._PYRO_STACK:
+        if hidden and isinstance(frame, TraceMessenger):
+            return True
+        hidden = hidden or (isinstance(frame, BlockMessenger) and bool(frame.hide_fn(msg)))
+    return False
 
 
 def replayed_site(msg: Message) -> tuple[Message, Trace] | None:

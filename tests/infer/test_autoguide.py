@@ -457,6 +457,27 @@ def test_quantiles_of_a_decreasing_transform():
     assert low < -1.0 < high < 0
 
 
+def test_quantiles_of_intervals():
+    low, high = torch.tensor([0.0, 1.0, -2.0]), torch.tensor([1.0, 3.0, 5.0])
+
+    def model():
+        pyro.sample("w", dist.Uniform(low, high).to_event(1))
+
+    guide = AutoMeanField(model)
+    guide()
+    found = guide.quantiles([0.1, 0.5, 0.9])["w"]
+    assert found.shape == (3, 3)
+    assert (low < found[0]).all()
+    assert (found[0] < found[1]).all()
+    assert (found[1] < found[2]).all()
+    assert (found[2] < high).all()
+
+
+def test_loc_and_scale_before_the_first_call():
+    with pytest.raises(RuntimeError, match="call it once with the model's arguments"):
+        AutoMeanField(local_model).loc_and_scale("scale")
+
+
 def local_model(x, batch=None):
     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
     with pyro.plate("data", len(x), subsample_size=batch) as index:
@@ -707,6 +728,11 @@ def test_compiled_elbo():
 # ---------------------------------------------------------------------------- errors
 
 
+def affine_image(loc, scale):
+    transform = torch.distributions.AffineTransform(loc, scale)
+    return dist.TransformedDistribution(dist.Normal(torch.zeros_like(loc), 1.0), [transform])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -719,6 +745,9 @@ def test_compiled_elbo():
             "give a family",
         ),
         ({"family": lambda loc, scale: dist.Normal(loc, 1.0)}, "second argument as scale"),
+        ({"family": lambda loc, scale: dist.Normal(loc, 2 * scale)}, "factor of the scale into"),
+        ({"family": lambda loc, scale: dist.Laplace(loc, scale / 2**0.5)}, "another loc or scale"),
+        ({"family": affine_image}, "another loc or scale"),
         ({"init_scale": 0.0}, "init_scale=0.0, expected a number > 0"),
         ({"init_scale": "small"}, "init_scale='small'"),
         ({"init_scale": True}, "init_scale=True"),

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_flipout import FlipoutError
-from pyro_flipout.infer import FlipES, _es_base, flip_es
+from pyro_flipout.infer import FlipES, _es_base, _es_fitness, flip_es
 from pyro_flipout.infer._es_population import MemberDraw, MemberSigns, sign_sums
 from pyro_flipout.signs import dense_signs, draw_codes
 from tests.helpers import Z, mlp
@@ -307,6 +307,25 @@ def test_fitness_shaping(shaping, fitness, values, float64):
     _, members = evaluate(es, torch.randn(4, 4), 4)
     es.backward(torch.tensor(fitness))
     assert_gradients(es, explicit_gradient(es, members, values, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("shaping", "dtype", "scale", "count"),
+    [
+        ("normalize", torch.float16, 1000.0, 512),
+        ("normalize", torch.float32, 1e20, 4),
+        ("rank", torch.float16, 1.0, 70_000),
+    ],
+)
+def test_shaping_does_not_overflow(shaping, dtype, scale, count):
+    fitness = torch.linspace(-1, 1, count).mul(scale).to(dtype)
+    shaped = _es_fitness.SHAPINGS[shaping](_es_fitness.checked_fitness(fitness, count), False)
+    expected = fitness.double() / scale
+    if shaping == "normalize":
+        expected = (expected - expected.mean()) / expected.std(correction=0)
+    else:  # ties share a rank
+        expected = expected / 2
+    torch.testing.assert_close(shaped.double(), expected, atol=2e-3, rtol=1e-3)
 
 
 def test_groups_and_hidden_weights(float64):

@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.nn import PyroModule
 from pyro.util import get_rng_state
 
-from pyro_flipout import FlipoutMessenger
+from pyro_flipout import FlipoutMessenger, flipout
 from pyro_flipout.infer import AutoMeanField, gradient_variance
 from pyro_flipout.infer._gradients import Piece
+from pyro_flipout.infer._minibatches import Data
 from pyro_flipout.infer._moments import Moments, Spread
+from pyro_flipout.nn import FlipoutLinear
 from tests.helpers import Regression, mlp
 
 QUIET = {"progress": False}
@@ -231,6 +234,37 @@ def test_resampled_batches_are_rows_of_the_data():
     assert found.attrs["batches"] == "resampled"
     assert all(set(x[:, 0].tolist()) <= set(range(6)) for x in seen)
     assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("labels", [(7,), (1, 7), (7, 2)])
+def test_labels_go_with_their_rows(labels):
+    """Data (T, N, features), and labels that have no time."""
+    rows = torch.arange(7.0)
+    y = rows.expand(labels) if labels[-1] == 7 else rows[:, None].expand(labels)
+    data = Data((rows[:, None].expand(4, 7, 3), y), {}, 1, "resampled")
+    (x, y), _ = data.batch(20)
+    number = x[0, :, 0]
+    assert not torch.equal(number, number[:1].expand(20))
+    picked = y.reshape(-1, 20)[0] if labels[-1] == 7 else y[:, 0]
+    assert torch.equal(picked, number)
+
+
+@pytest.mark.parametrize("kind", ["handler", "layers"])
+def test_a_model_that_flips_itself_is_refused(kind):
+    model, guide, args = regression()
+    if kind == "handler":
+        model = flipout(model)
+    else:
+        net = PyroModule[torch.nn.Sequential](FlipoutLinear(3, 2))
+
+        def model(x, y):
+            mean = net(x)
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
+
+        guide = AutoNormal(model)
+    with pytest.raises(ValueError, match="flips its sites .* itself, expected the bare model"):
+        gradient_variance(model, guide, args, num_repeats=2, **QUIET)
 
 
 def test_batches_of_a_function():

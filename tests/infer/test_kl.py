@@ -22,7 +22,7 @@ from pyro.infer import (
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from torch.distributions import kl_divergence
 
-from pyro_flipout import FlipoutError, flipout
+from pyro_flipout import FlipoutError, FlipoutWarning, flipout
 from pyro_flipout.infer import AutoMeanField, TemperMessenger, tempered
 from tests.helpers import Recording, Regression, Z, mlp, randomize
 
@@ -355,6 +355,23 @@ def test_chosen_sites(guide, options, float64):
     pyro.set_rng_seed(3)
     loss = tempered(Trace_ELBO(), 0.1, **options).loss(model, guide, x, y)
     assert loss == pytest.approx(full - 0.9 * sum(terms[n] for n in names), rel=1e-10)
+
+
+@pytest.mark.parametrize("option", ["hide", "expose"])
+def test_names_that_no_site_has(option):
+    def model():
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    elbo = tempered(Trace_ELBO(), 0.1, **{option: ["W"]})
+    with pytest.warns(FlipoutWarning, match=rf"{option} names \['W'\], .*sites are .*'w'") as told:
+        for _ in range(2):
+            elbo.loss(model, AutoNormal(model))
+    assert len(told) == 1
+
+
+def test_an_elbo_is_tempered_once():
+    with pytest.raises(ValueError, match="tempered already, with the factor 0.5"):
+        tempered(tempered(Trace_ELBO(), 0.5), 0.2)
 
 
 def test_a_joint_draw_cannot_be_tempered_in_part():

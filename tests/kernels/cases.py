@@ -50,8 +50,8 @@ SHAPES = {  # data, weight, example_dim; blocks of the interpreter are 16 x 16 x
     "ragged rows and outputs": ((35, 2), (17, 2), 0),
     "ragged inputs": ((3, 35), (2, 35), 0),
     "whole blocks": ((16, 32), (16, 32), 0),
-    "one of everything": ((1, 1), (1, 1), 0),
-    "one example": ((1, 3), (2, 3), 0),
+    "two examples of one": ((2, 1), (1, 1), 0),
+    "two examples": ((2, 3), (2, 3), 0),
     "one input": ((5, 1), (3, 1), 0),
     "one output": ((5, 3), (1, 3), 0),
     "time": ((5, 7, 3), (2, 3), 0),
@@ -75,6 +75,12 @@ def test_oracle(name, launches):
     w, bias = weight(*shape, example_dim=dim), data(shape[0])
     check_rule(lambda x, w: F.linear(x, w, bias), data(*x), w, example_dim=dim, tol=TOL)
     assert launches == ["product", "product", "weight_grads"]
+
+
+def test_one_example_needs_no_kernel(launches):
+    bias = data(2)
+    check_rule(lambda x, w: F.linear(x, w, bias), data(1, 3), weight(2, 3), tol=TOL)
+    assert launches == []
 
 
 def test_flipped_bias(launches):

@@ -155,10 +155,14 @@ def test_nuts_potential():
     assert torch.equal(*potentials)
 
 
-def test_nuts_runs():
-    mcmc = MCMC(NUTS(flipout(model)), num_samples=3, warmup_steps=2, disable_progbar=True)
-    mcmc.run(X, Y)
-    assert mcmc.get_samples()["w"].shape == (3, 2, 3)
+def test_nuts_samples():
+    samples = []
+    for fn in (model, flipout(model, on_missing_rule="error")):
+        pyro.set_rng_seed(0)
+        mcmc = MCMC(NUTS(fn), num_samples=3, warmup_steps=2, disable_progbar=True)
+        mcmc.run(X, Y)
+        samples.append(mcmc.get_samples()["w"])
+    assert torch.equal(*samples)
 
 
 def test_auto_delta_svi():
