@@ -328,7 +328,13 @@ def pad(
     return FlipoutTensor.build(plain, center, terms, input.execution, common_lead(plain, input))
 
 
-@implements(torch.cat, torch.concat, torch.concatenate, torch.stack, flips=FLIPS)
+@implements(
+    torch.cat,
+    torch.concat,
+    torch.concatenate,
+    torch.stack,
+    flips=FLIPS + "; what repeats for every example, as a class token, goes beside data",
+)
 def cat(
     op: Callable[..., Tensor], tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any
 ) -> Tensor:
