@@ -85,8 +85,11 @@ def is_weight(tensor: Any) -> bool:
         return True
     if not isinstance(tensor, Tensor):
         return False
-    # By pyro.param, or a view of a parameter.
-    return hasattr(tensor, "unconstrained") or is_weight(tensor._base)
+    if hasattr(tensor, "unconstrained"):  # by pyro.param
+        return True
+    # A view of a parameter; one that is repeated for every example is data.
+    base = tensor._base
+    return base is not None and tensor.numel() <= base.numel() and is_weight(base)
 
 
 def contract(
@@ -214,7 +217,7 @@ def addmm(
     alpha: Any = 1,
     **named: Tensor,  # mat1 and mat2, batch1 and batch2, mat and vec
 ) -> Tensor:
-    product = torch.matmul(*factors, *named.values())
+    product = torch.matmul(*factors, *(named[name] for name in sorted(named)))
     product = product if alpha == 1 else product * alpha
     if beta == 0:  # not even NaN comes through
         return product

@@ -134,6 +134,12 @@ case(
     fn=lambda x, w, p: F.linear(x, w @ p.t()),
 )
 case(
+    torch.matmul,
+    "of a parameter repeated for every example",
+    lambda: (data(N, 2), W(3, 2), parameter(1, 3)),
+    fn=lambda x, w, p: torch.relu(p.expand(len(x), 3) @ w) + x,
+)
+case(
     torch.add,
     "a constant of a wider type",
     lambda: (data(N, 3), W(3, 3), const(3, 3)),
@@ -193,7 +199,7 @@ case(
     torch.addmm,
     "mat1= and mat2=",
     lambda: (data(N, 3), *weights((3, 2), (2,))),
-    fn=lambda x, w, b: torch.addmm(b, mat1=x, mat2=w),
+    fn=lambda x, w, b: torch.addmm(b, mat2=w, mat1=x),
 )
 case(
     torch.addmm,
