@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 
 import pyro.poutine.runtime as runtime
 import torch
-from pyro.distributions import Delta, Independent
+from pyro.distributions import Delta, Independent, Normal
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
@@ -412,8 +412,9 @@ class _GuideGraph:
         if _all_drawn_together(trace):
             return
         for name, node in sites:
-            above = self.upstream(_tensors(node["fn"]))
-            output = outputs.get(name)
+            output, fn = outputs.get(name), without_events(node["fn"])
+            hidden = output is not None and type(fn) not in _SHOW_ALL
+            above = self.upstream(_tensors(fn), outputs[name][0].next_functions if hidden else ())
             if output is not None:
                 # Sites come after those they depend on. A view comes after the draw it is of.
                 self._above.setdefault(output, above)
@@ -441,9 +442,13 @@ class _GuideGraph:
             self._in_common[address] = _in_common(views)
         return self._in_common[address].get(name)
 
-    def upstream(self, tensors: Iterable[Tensor]) -> set[str]:
-        """Names of the draws that ``tensors`` are computed from."""
+    def upstream(self, tensors: Iterable[Tensor], steps: Iterable[Any] = ()) -> set[str]:
+        """Names of the draws that ``tensors`` are computed from.
+
+        :param steps: outputs of autograd nodes that count too.
+        """
         todo: list[Any] = [(t.grad_fn, t.output_nr) for t in tensors if t.grad_fn is not None]
+        todo += [s for s in steps if s[0] is not None]
         found: set[str] = set()
         nodes = set()
         while todo:
@@ -461,6 +466,9 @@ class _GuideGraph:
             self._bare |= nodes
         return found
 
+
+_SHOW_ALL = (Delta, Normal)
+"""Distributions that draw from nothing but the tensors among their attributes."""
 
 _TOGETHER: weakref.WeakKeyDictionary[Trace, bool] = weakref.WeakKeyDictionary()
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_flipout.rules._product import find_examples, flipped_product, plain
+from pyro_flipout.rules.shape import common_lead
 from pyro_flipout.tensor import Factor, FlipoutTensor, NoRule, NotExamples, Term, implements
 
 FLIPS = "contracted and surviving dimensions of the weight; of two weights those that survive"
@@ -87,9 +88,14 @@ def is_weight(tensor: Any) -> bool:
         return False
     if hasattr(tensor, "unconstrained"):  # by pyro.param
         return True
-    # A view of a parameter; one that is repeated for every example is data.
+    # The transpose of one. Other views, such as some rows or an expansion, may be data.
     base = tensor._base
-    return base is not None and tensor.numel() <= base.numel() and is_weight(base)
+    return (
+        base is not None
+        and tensor.dim() == 2
+        and tensor.shape == base.shape[::-1]
+        and (tensor.stride() == base.stride()[::-1] and is_weight(base))
+    )
 
 
 def contract(
@@ -161,7 +167,8 @@ def _contract_weights(
         for s in left
         for t in right
     ]
-    return FlipoutTensor.build(op(plain(a), plain(b)), op(*centers), terms, executions[0])
+    value = op(plain(a), plain(b))
+    return FlipoutTensor.build(value, op(*centers), terms, executions[0], common_lead(value, a, b))
 
 
 def _drop_signs(weight: FlipoutTensor, dims: Sequence[int]) -> None:

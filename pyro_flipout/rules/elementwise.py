@@ -37,12 +37,15 @@ def example_dim_of(weight: FlipoutTensor, other: Any) -> int | None:
     shape = torch.broadcast_shapes(weight.shape, other.shape)
     execution = weight.execution
     offset = len(shape) - other.dim()
-    dim = execution.example_dim + offset
-    if weight.lead_dims and offset == len(shape) - weight.dim():
+    dim, extra = execution.example_dim + offset, len(shape) - weight.dim()
+    if weight.lead_dims and offset == extra:
         # The data begin where the weight does, with its particles, if it has them.
         dim += other.shape[:1] == weight.shape[:1]
+    if offset and any(n > 1 for n in weight.shape[weight.lead_dims : max(dim - extra, 0)]):
+        return None  # (h, w) against (out, in, 1, 1): examples are in front of the weight's own
     free = _is_free(weight, shape, dim)
-    if not free and shape[offset] == execution.num_examples and _is_free(weight, shape, offset):
+    first = shape[offset] if offset < len(shape) else None  # a number has no dimension
+    if not free and first == execution.num_examples and _is_free(weight, shape, offset):
         dim, free = offset, True  # a time-major model after taking its last step
     if not free:
         if other.dim() <= weight.dim():
@@ -73,8 +76,15 @@ def _against_data(op: Callable[..., Tensor], a: Any, b: Any, **kwargs: Any) -> T
     if dim is None:
         return None
     ndim = max(weight.dim(), other.dim())
-    explicit = per_example(weight, ndim, dim)
+    explicit = _explicit(weight, ndim, dim)
     return op(explicit, b, **kwargs) if weight is a else op(a, explicit, **kwargs)
+
+
+def _explicit(weight: FlipoutTensor, ndim: int, dim: int) -> Tensor:
+    """The weights of all examples; a result with them has the weight's particles too."""
+    if weight.lead_dims:
+        weight.execution.particles_seen = True
+    return per_example(weight, ndim, dim)
 
 
 def _sum(a: Any, b: Any, plain: Tensor, sign: float) -> FlipoutTensor:
@@ -211,13 +221,13 @@ def _choice(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tenso
 
 def _dim_of_choice(condition: Any, a: Any, b: Any) -> int | None:
     """Dimension of the result that counts the examples; ``None`` if there are no data."""
-    weight = a if isinstance(a, FlipoutTensor) else b
-    data = [t for t in (condition, a, b) if isinstance(t, Tensor)]
-    data = [t for t in data if not isinstance(t, (FlipoutTensor, torch.nn.Parameter))]
-    if not isinstance(weight, FlipoutTensor) or isinstance(condition, FlipoutTensor) or not data:
+    weight, data = (a, b) if isinstance(a, FlipoutTensor) else (b, a)
+    if not isinstance(weight, FlipoutTensor) or isinstance(condition, FlipoutTensor):
         return None
+    if not isinstance(data, Tensor) or data.dim() <= weight.dim():
+        return None  # a condition alone may be a constant
     try:
-        return example_dim_of(weight, max(data, key=Tensor.dim))
+        return example_dim_of(weight, data)
     except ExampleDimError:
         return None
 
@@ -233,7 +243,7 @@ def where(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     dim = _dim_of_choice(condition, a, b)
     if dim is not None:
         ndim = max(t.dim() for t in (condition, a, b) if isinstance(t, Tensor))
-        a, b = (per_example(t, ndim, dim) if isinstance(t, FlipoutTensor) else t for t in (a, b))
+        a, b = (_explicit(t, ndim, dim) if isinstance(t, FlipoutTensor) else t for t in (a, b))
         return torch.where(condition, a, b)
     plain = torch.where(condition, getattr(a, "plain", a), getattr(b, "plain", b))
     shape = torch.broadcast_shapes(getattr(a, "shape", ()), getattr(b, "shape", ()))
@@ -276,7 +286,7 @@ def in_place(op: Callable[..., Tensor], input: Any, other: Any, **kwargs: Any) -
     dim = example_dim_of(b, a)
     if dim is None:
         raise NoRule("the tensor changed in place has no example dimension")
-    return op(a, per_example(b, a.dim(), dim), **kwargs)
+    return op(a, _explicit(b, a.dim(), dim), **kwargs)
 
 
 @implements(

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_flipout._modes import transformed
 from pyro_flipout.rules._product import per_example
 from pyro_flipout.tensor import Factor, FlipoutTensor, NoRule, Term, implements, unwrap
 
@@ -61,9 +62,13 @@ def common_lead(plain: Tensor, *weights: Any) -> int:
 
 def repeats(weight: FlipoutTensor, dim: int) -> bool:
     """Whether a weight is the same all along a dimension, signs included."""
+    if weight.plain.numel() == 0:
+        return False
     if weight.plain.stride(dim) == 0:
         return True
-    if any(codes.size(dim) > 1 for term in weight.terms for _, codes in term.factors):
+    if transformed() or any(
+        codes.size(dim) > 1 for term in weight.terms for _, codes in term.factors
+    ):
         return False
     return all(
         bool((value == value.narrow(dim, 0, 1)).all())
@@ -376,14 +381,17 @@ def _is_data(tensor: Tensor) -> bool:
 def _beside_data(tensors: Sequence[Tensor], dim: int) -> list[Tensor] | None:
     """Data and the weights of all examples, ``None`` if the other tensors are constants.
 
-    They are data if the weights repeat along the example dimension, as a class token does.
+    They are data if the weights repeat along the example dimension, as a class token does, with
+    a dimension of tokens and one of features: a matrix may repeat its rows for another reason.
     """
     weights = [t for t in tensors if isinstance(t, FlipoutTensor)]
     example_dim = weights[0].execution.example_dim
-    if dim == example_dim or example_dim >= tensors[0].dim():
+    if dim == example_dim or tensors[0].dim() < 3 or example_dim >= tensors[0].dim():
+        return None
+    if any(w.lead_dims for w in weights):
         return None
     size = weights[0].size(example_dim)
-    if size == 1 or not all(repeats(w, example_dim) for w in weights):
+    if size < 2 or not all(repeats(w, example_dim) for w in weights):
         return None
     weights[0].execution.count(size, f"data of shape {tuple(tensors[0].shape)}")
     return [_explicit_along(t, example_dim) if isinstance(t, FlipoutTensor) else t for t in tensors]

@@ -1,6 +1,7 @@
 """Draws of a guide that have something in common: none of them may be flipped on its own."""
 
 import warnings
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -212,3 +213,37 @@ def test_a_trace_whose_nodes_were_replaced():
     with pytest.warns(FlipoutWarning, match="'v' depends on it"):
         flipped(X)
     assert "depends" in handler.decisions["w"]
+
+
+class Keeps(dist.TorchDistribution):
+    """A Normal that keeps its parameters where nobody looks."""
+
+    arg_constraints: ClassVar = {}
+    support = torch.distributions.constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, loc):
+        self.kept = {"loc": loc}
+        super().__init__(event_shape=loc.shape, validate_args=False)
+
+    def rsample(self, sample_shape=()):
+        return self.kept["loc"] + torch.randn(self.event_shape)
+
+    def log_prob(self, value):
+        return -0.5 * (value - self.kept["loc"]).square().sum(-1)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_dependence_that_a_distribution_hides(last):
+    def model(x):
+        for name in "abc" if last else "ab":
+            pyro.sample(name, prior())
+
+    def guide(x):
+        b = pyro.sample("b", Keeps(2 * draw("a", auxiliary=False)))
+        if last:
+            pyro.sample("c", dist.Normal(2 * b, 1.0).to_event(1))
+
+    handler, _, told = run(guide, model)
+    assert "depends on it" in handler.decisions["a"]
+    assert told

@@ -169,9 +169,27 @@ case(
 )
 case(
     torch.where,
-    "two tokens",
-    lambda: (data(N, 6, 3), *weights((3,), (3,))),
-    fn=lambda x, a, b: torch.relu(torch.where(x > 0, a, b)),
+    "a mask of features",
+    lambda: (data(N, 3), *weights((3,), (2, 3))),
+    fn=lambda x, token, w: F.linear(torch.where(torch.ones(1, 3) > 0, token, x), w),
+)
+case(
+    torch.cat,
+    "as many rows as examples",
+    lambda: (data(N, 5), W(3)),
+    fn=lambda x, w: F.linear(x, torch.cat([w.expand(N, 3), torch.ones(N, 2).double()], 1)),
+)
+case(
+    torch.cat,
+    "an empty part",
+    lambda: (data(N, 1), W(N, 1)),
+    fn=lambda x, w: F.linear(x, torch.cat([w[:, 1:], torch.zeros(N, 1).double()], 1) + w),
+)
+case(
+    torch.mul,
+    "a window as high as there are examples",
+    lambda: (data(3, 2, 4, 4), W(4, 2, 1, 1)),
+    fn=lambda x, w: F.conv2d(x, w[..., 0, 0, None, None] * 2 + w * torch.ones(3, 3).double()),
 )
 case(
     Tensor.repeat,
@@ -184,6 +202,23 @@ case(
     "for every example, scaled",
     lambda: (data(N, 3), W(3)),
     fn=lambda x, w: torch.relu((w.expand(len(x), 3) * 2) + x),
+)
+
+# ------------------------------------------------------------------------- numbers
+
+two = torch.tensor(2.0, dtype=torch.float64)
+for op in (torch.mul, torch.add, torch.sub, torch.div):
+    case(
+        op,
+        "a number in a tensor",
+        lambda: (data(N, 3), W(2, 3)),
+        fn=lambda x, w, op=op: F.linear(x, op(w, two)),
+    )
+case(
+    torch.where,
+    "a condition in a tensor",
+    lambda: (data(N, 3), W(2, 3)),
+    fn=lambda x, w: F.linear(x, torch.where(two > 1, w, 0.0)),
 )
 
 # ------------------------------------------------------------------------- keywords

@@ -333,3 +333,39 @@ def test_one_example_needs_no_rule():
     torch.testing.assert_close(y**2 + w.exp(), (y**2 + w.plain.exp()))
     assert type(y) is torch.Tensor
     assert not w.draws[0].shared
+
+
+def test_a_mask_with_as_many_rows_as_examples_is_no_data():
+    w, v = weights((3,), (2, 3))
+    x, mask = data(N, 3), torch.arange(N)[:, None] > 1
+    y = F.linear(x, v)
+    with pytest.warns(FlipoutWarning, match="'w0' keeps its shared draw.* larger than what"):
+        masked = torch.where(mask, w, 0.0)
+    assert type(masked) is torch.Tensor
+    torch.testing.assert_close(masked, torch.where(mask, w.plain, 0.0))
+    assert not v.draws[0].shared
+    assert y.shape == (N, 2)
+
+
+def test_rows_of_a_parameter_are_data():
+    table = nn.Parameter(torch.randn(9, 3))
+    w = random_weight(3, 2)
+    out = table[2 : 2 + N] @ w
+    expected = [table[2 + n] @ w.materialize()[n] for n in range(N)]
+    torch.testing.assert_close(out, torch.stack(expected), **CLOSE)
+
+
+def test_no_examples_beside_a_class_token():
+    token, x = random_weight(1, 1, 3), data(0, 4, 3)
+    out = torch.cat([token.expand(0, -1, -1), x], 1)
+    assert out.shape == (0, 5, 3)
+
+
+def test_weights_made_inside_vmap_meet_a_constant():
+    mask = torch.ones(3, 3)
+
+    def run(center, delta, x):
+        return F.conv2d(x, flip(center + delta, center, delta) * mask)
+
+    args = [torch.randn(2, 4, 2, 3, 3), torch.randn(2, 4, 2, 3, 3), torch.randn(2, N, 2, 5, 5)]
+    assert torch.func.vmap(run, randomness="same")(*args).shape == (2, N, 4, 3, 3)
