@@ -224,7 +224,7 @@ def _dim_of_choice(condition: Any, a: Any, b: Any) -> int | None:
     weight, data = (a, b) if isinstance(a, FlipoutTensor) else (b, a)
     if not isinstance(weight, FlipoutTensor) or isinstance(condition, FlipoutTensor):
         return None
-    if not isinstance(data, Tensor) or data.dim() <= weight.dim():
+    if not isinstance(data, Tensor) or data.dim() <= weight.dim() - weight.lead_dims:
         return None  # a condition alone may be a constant
     try:
         return example_dim_of(weight, data)

@@ -159,7 +159,8 @@ def test_one_particle_meets_data_with_as_many_dimensions(float64):
     torch.testing.assert_close(out, x * w[:, 0])
 
 
-def test_data_have_particles_after_arithmetic(float64):
+@pytest.mark.parametrize("use", [torch.mul, torch.add, lambda x, s: torch.where(x > 0, x, s)])
+def test_data_have_particles_after_arithmetic(use, float64):
     """As many particles as examples: sizes alone do not tell."""
 
     def model(x):
@@ -167,7 +168,7 @@ def test_data_have_particles_after_arithmetic(float64):
             pyro.sample(n, dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape)))
             for n, shape in (("s", [2]), ("u", [3, 4]), ("w", [4, 2]))
         )
-        return torch.nn.functional.linear(torch.tanh(x * s), u @ w)
+        return torch.nn.functional.linear(torch.tanh(use(x, s)), u @ w)
 
     x, guide = torch.randn(K, 2), AutoNormal(model)
     guide(x)
@@ -179,7 +180,7 @@ def test_data_have_particles_after_arithmetic(float64):
     for k in range(K):
         for n in range(K):
             s, u, w = (seen[name][n, k, 0] for name in "suw")
-            torch.testing.assert_close(out[k, n], (u @ w) @ torch.tanh(x[n] * s))
+            torch.testing.assert_close(out[k, n], (u @ w) @ torch.tanh(use(x[n], s)))
 
 
 def test_products_of_matrices_with_particles_are_shared():
