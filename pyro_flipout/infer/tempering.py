@@ -22,6 +22,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
 from pyro_flipout.errors import FlipoutError, warn
+from pyro_flipout.poutine.flipout_messenger import unknown_names
 from pyro_flipout.poutine.module import wrap_module
 from pyro_flipout.poutine.symmetric_draw import Message, replayed_site
 
@@ -63,18 +64,10 @@ class TemperMessenger(ReentrantMessenger):
     def __exit__(self, *args: Any) -> None:
         super().__exit__(*args)
         if args[0] is None:
-            self._check_names()
-
-    def _check_names(self) -> None:
-        """Names given to hide or expose must be those of sites."""
-        for option, names in (("hide", self.hide), ("expose", self.expose)):
-            unknown = sorted((names or frozenset()) - self._seen)
-            if unknown and self._seen and option not in self._told:
-                self._told.add(option)
-                warn(
-                    f"tempered: {option} names {unknown}, but the latent sites are "
-                    f"{sorted(self._seen)}; correct the names"
-                )
+            for option, message in unknown_names(self.hide, self.expose, self._seen):
+                if option not in self._told:
+                    self._told.add(option)
+                    warn(f"tempered: {message}")
 
     @property
     def factor(self) -> float:

@@ -139,12 +139,8 @@ class OwnDrawsMessenger(FlipoutMessenger):
             return
         self.decisions[name] = self.tensor.estimator
         execution = self._execution_of(name)
-        terms = [
-            Term(
-                draw.delta if draw.delta is not None else (value, draw.center),
-                (Draw(name, value, execution),),
-            )
-        ]
+        delta = value - draw.center if draw.delta is None else draw.delta
+        terms = [Term(delta, (Draw(name, value, execution),))]
         msg["value"] = self.tensor.make(value, terms, execution, Site(draw))
 
 

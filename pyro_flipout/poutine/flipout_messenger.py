@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyro.poutine.runtime as runtime
@@ -315,14 +315,8 @@ class FlipoutMessenger(Messenger):
 
     def _check_names(self) -> None:
         """Names given to hide or expose must be those of sites."""
-        for option, names in (("hide", self.hide), ("expose", self.expose)):
-            unknown = sorted((names or frozenset()) - set(self.decisions))
-            if unknown and self.decisions:
-                self._tell(
-                    option,
-                    f"{option} names {unknown}, but the latent sites are "
-                    f"{sorted(self.decisions)}; correct the names",
-                )
+        for option, message in unknown_names(self.hide, self.expose, set(self.decisions)):
+            self._tell(option, message)
 
     def _check_plates(self, msg: Message) -> None:
         """The examples that the rules counted must be a data plate of what is observed."""
@@ -357,6 +351,20 @@ class Continuation:
         self.step(msg)
         if self.before is not None:
             self.before(msg)
+
+
+def unknown_names(
+    hide: frozenset[str] | None, expose: frozenset[str] | None, known: set[str]
+) -> Iterator[tuple[str, str]]:
+    """Which of the two options names sites that are none of those known, and what to say."""
+    for option, names in (("hide", hide), ("expose", expose)):
+        unknown = sorted((names or frozenset()) - known)
+        if unknown and known:
+            yield (
+                option,
+                f"{option} names {unknown}, but the latent sites are {sorted(known)}; correct the "
+                "names",
+            )
 
 
 def _names(option: str, names: Iterable[str] | None) -> frozenset[str] | None:

@@ -226,6 +226,8 @@ def _dim_of_choice(condition: Any, a: Any, b: Any) -> int | None:
         return None
     if not isinstance(data, Tensor) or data.dim() <= weight.dim() - weight.lead_dims:
         return None  # a condition alone may be a constant
+    if torch.broadcast_shapes(condition.shape, data.shape) != data.shape:
+        return None  # the condition has the examples, or more of them
     try:
         return example_dim_of(weight, data)
     except ExampleDimError:

@@ -33,7 +33,7 @@ def linear(op: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Any =
     last = input.dim() - 1
     dim = _attention_dim(weight, input)
     dim = find_examples(weight, input, [last], "F.linear") if dim is None else dim
-    if weight.execution.is_single:
+    if weight.execution.is_single:  # one product, and no kernel for two
         return op(input, weight.plain, None if bias is None else plain(bias))
     out_dims = {0: last} if weight.dim() == 2 else {}  # weight (out, in) or (in,)
     in_dim = weight.dim() - 1

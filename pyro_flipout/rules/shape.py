@@ -350,7 +350,8 @@ def cat(
     def join(parts: Sequence[Tensor]) -> Tensor:
         return op(list(parts), dim)
 
-    if op is not torch.stack and any(_is_data(t) for t in tensors):
+    known = (FlipoutTensor, torch.nn.Parameter)
+    if op is not torch.stack and not all(isinstance(t, known) for t in tensors):
         explicit = _beside_data(tensors, dim % tensors[0].dim())
         if explicit is not None:
             return join(explicit)
@@ -372,10 +373,6 @@ def cat(
                 terms.append(Term(delta, t.draws, _cat_factors(t, weight, op, dim, put)))
     lead = common_lead(plain, *tensors)
     return FlipoutTensor.build(plain, join(centers), terms, execution, lead)
-
-
-def _is_data(tensor: Tensor) -> bool:
-    return not isinstance(tensor, (FlipoutTensor, torch.nn.Parameter))
 
 
 def _beside_data(tensors: Sequence[Tensor], dim: int) -> list[Tensor] | None:

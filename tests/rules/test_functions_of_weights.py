@@ -347,6 +347,16 @@ def test_a_mask_with_as_many_rows_as_examples_is_no_data():
     assert y.shape == (N, 2)
 
 
+def test_a_condition_with_more_examples_than_the_data_has_no_rule():
+    """Positions (N, D) that all examples share, as many as there are examples."""
+    w, v = weights((3,), (2, 3))
+    F.linear(data(N, N, 3), v)
+    mask, positions = torch.rand(N, N, 1) > 0.5, data(N, 3)
+    with pytest.warns(FlipoutWarning, match="'w0' keeps its shared draw.* larger than what"):
+        out = torch.where(mask, w, positions)
+    torch.testing.assert_close(out, torch.where(mask, w.plain, positions))
+
+
 def test_rows_of_a_parameter_are_data():
     table = nn.Parameter(torch.randn(9, 3))
     w = random_weight(3, 2)
