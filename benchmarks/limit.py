@@ -26,7 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import step
 
-from pyro_flipout.rules import _product
+from pyro_flipout.rules import _fused_product
 from pyro_flipout.signs import Signs
 
 SHAPES = [(512, 784), (512, 512), (10, 512)]
@@ -83,7 +83,7 @@ class WithoutSigns(step.Stepper):
             "sum_times": lambda signs, x: x.sum(0),
         }
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(_product, "_flip", lambda x, placed: x))
+            stack.enter_context(mock.patch.object(_fused_product, "_flip", lambda x, placed: x))
             stack.enter_context(mock.patch.multiple(Signs, **instead))
             return super().step(x, y)
 

@@ -136,9 +136,12 @@ class BayesianTorch(Plain):
 
 
 class Pyro:
-    """The network with a prior on every parameter, trained by SVI."""
+    """The network with a prior on every parameter, trained by SVI.
 
-    def __init__(self, net, args, guide, flip):
+    :param group_size: of flipout; 0 for shared draws.
+    """
+
+    def __init__(self, net, args, guide, group_size):
         net = bayesianize(net)
         forward = torch.compile(net) if args.compile else net
 
@@ -151,7 +154,8 @@ class Pyro:
 
         self.guide = guide(model)
         elbo = Trace_ELBO() if guide is AutoNormal else MeanFieldELBO()
-        program = flipout(model, on_missing_rule="error") if flip else model
+        options = {"on_missing_rule": "error", "group_size": group_size}
+        program = flipout(model, **options) if group_size else model
         self.svi = SVI(program, self.guide, pyro.optim.Adam({"lr": 1e-3}), elbo)
 
     def step(self, x, y):
@@ -160,10 +164,12 @@ class Pyro:
 
 ESTIMATORS = {
     "plain": Plain,
-    "AutoNormal, shared": lambda net, args: Pyro(net, args, AutoNormal, False),
-    "AutoNormal, flipout": lambda net, args: Pyro(net, args, AutoNormal, True),
-    "AutoMeanField, shared": lambda net, args: Pyro(net, args, AutoMeanField, False),
-    "AutoMeanField, flipout": lambda net, args: Pyro(net, args, AutoMeanField, True),
+    "AutoNormal, shared": lambda net, args: Pyro(net, args, AutoNormal, 0),
+    "AutoNormal, flipout": lambda net, args: Pyro(net, args, AutoNormal, 1),
+    "AutoMeanField, shared": lambda net, args: Pyro(net, args, AutoMeanField, 0),
+    "AutoMeanField, flipout": lambda net, args: Pyro(net, args, AutoMeanField, 1),
+    "AutoMeanField, groups of 32": lambda net, args: Pyro(net, args, AutoMeanField, 32),
+    "AutoMeanField, groups of 128": lambda net, args: Pyro(net, args, AutoMeanField, 128),
     "bayesian-torch, reparam.": lambda net, args: BayesianTorch(net, args, "Reparameterization"),
     "bayesian-torch, flipout": lambda net, args: BayesianTorch(net, args, "Flipout"),
 }
@@ -282,7 +288,7 @@ def draw(name, found, path):
     for estimator in next(iter(found.values())):
         rows = [rows[estimator] for rows in found.values()]
         middle, low, high = ([row[i] for row in rows] for i in range(3))
-        style = "-o" if "flipout" in estimator else "k--" if estimator == "plain" else ":o"
+        style = "-o" if "flipout" in estimator or "groups" in estimator else "k--" if estimator == "plain" else ":o"
         bars = [[m - a for m, a in zip(middle, low, strict=True)]]
         bars += [[b - m for m, b in zip(middle, high, strict=True)]]
         axes.errorbar(list(found), middle, bars, fmt=style, label=estimator)

@@ -19,6 +19,9 @@ lowest bit of a code flips all examples at once, which changes nothing for a sym
 perturbation: :func:`draw_codes` leaves it 0, and example 0 has the sign 1 everywhere.
 
 Memory is O(d) instead of O(N d), and codes do not depend on N.
+
+*Groups.* With a ``group_size`` k the examples n of a group, those with the same ``n // k``, have
+their signs in common: n is the number of the group in all of the above.
 """
 
 from __future__ import annotations
@@ -81,12 +84,15 @@ def code_bits(num_examples: int) -> int:
     return max(num_examples - 1, 0).bit_length() + 1
 
 
-def dense_signs(codes: Tensor, num_examples: int, dtype: torch.dtype) -> Tensor:
+def dense_signs(
+    codes: Tensor, num_examples: int, dtype: torch.dtype, group_size: int = 1
+) -> Tensor:
     """Builds the matrix of signs that the codes stand for, by doubling.
 
     :param codes: ``int32`` tensor of any shape ``(*)``.
     :param num_examples: the number N of examples.
     :param dtype: dtype of the signs; any floating dtype holds them exactly.
+    :param group_size: how many neighbouring examples have their signs in common.
     :returns: tensor of shape ``(N, *)`` with entries ±1.
 
     >>> dense_signs(torch.tensor([0, 1, 2, 3], dtype=torch.int32), 3, torch.float)
@@ -94,6 +100,9 @@ def dense_signs(codes: Tensor, num_examples: int, dtype: torch.dtype) -> Tensor:
             [ 1., -1., -1.,  1.],
             [ 1., -1.,  1., -1.]])
     """
+    if group_size > 1:
+        groups = dense_signs(codes, -(-num_examples // group_size), dtype)
+        return groups.repeat_interleave(group_size, 0)[:num_examples]
     bits = code_bits(num_examples)
     out = torch.empty((num_examples, *codes.shape), dtype=dtype, device=codes.device)
     if num_examples == 0:
@@ -111,22 +120,30 @@ def dense_signs(codes: Tensor, num_examples: int, dtype: torch.dtype) -> Tensor:
 class Signs:
     """The signs of N examples for d codes, as a product of two small matrices.
 
-    With ``n = a * B + b`` and ``B`` a power of two, ``a_n`` is the low bits of ``b`` and the
-    high bits of ``a``, so ``sign(n, i) = low[b, i] * high[a, i]``. Data are multiplied in
-    blocks of ``B`` examples, and no matrix of N x d signs is read or written.
+    With the number of a group ``n // k = a * G + g`` and ``G`` a power of two, ``a_n`` is the low
+    bits of ``g`` and the high bits of ``a``, so ``sign(n, i) = low[g, i] * high[a, i]``. Data are
+    multiplied in blocks of ``G * k`` examples, and no matrix of N x d signs is read or written.
 
     :param codes: ``int32`` tensor of shape ``(d,)``.
     :param num_examples: the number N of examples.
     :param dtype: dtype of the signs.
+    :param group_size: the number k of neighbouring examples that have their signs in common.
     """
 
-    def __init__(self, codes: Tensor, num_examples: int, dtype: torch.dtype) -> None:
-        self.num_examples = num_examples
+    def __init__(
+        self, codes: Tensor, num_examples: int, dtype: torch.dtype, group_size: int = 1
+    ) -> None:
+        self.num_examples, self.group_size = num_examples, group_size
+        groups = -(-num_examples // group_size)
         # A few examples have all their signs in `low`, which takes fewer calls.
         few = num_examples <= len(_TABLE)
-        low_bits = code_bits(num_examples) - 1 if few else _LOW_BITS
-        self.block = 1 << low_bits
-        self.low = _looked_up(codes, min(self.block, num_examples), dtype)  # (B, d)
+        low_bits = code_bits(groups) - 1 if few else _LOW_BITS - (group_size - 1).bit_length()
+        low_bits = max(low_bits, 0)
+        self.block = group_size << low_bits
+        low = _looked_up(codes, min(1 << low_bits, groups), dtype)
+        if group_size > 1 and len(low) > 1:
+            low = _repeated(low, group_size)[:num_examples]
+        self.low = low  # (B, d), or (1, d) where all examples of a block are of one group
         high = -(-num_examples // self.block)
         self.high = (  # (ceil(N / B), d)
             # The lowest bit of every a_n is 1: its flip is in `low` already.
@@ -155,6 +172,15 @@ class Signs:
         return other
 
     @property
+    def of_groups(self) -> Tensor:
+        """The signs of each group of examples, shape ``(ceil(N / k), d)``."""
+        low = self.low[:: self.group_size]
+        if self.high is None:
+            return low
+        groups = -(-self.num_examples // self.group_size)
+        return (self.high.unsqueeze(1) * low).flatten(0, 1)[:groups]
+
+    @property
     def multiple(self) -> int:
         """A slice of the examples for :meth:`cut` starts at a multiple of this number."""
         return 1 if self.high is None else self.block
@@ -164,7 +190,7 @@ class Signs:
         other = self._copy()
         other.num_examples = which.stop - which.start
         if self.high is None:
-            other.low = self.low[which]
+            other.low = self.low if len(self.low) == 1 else self.low[which]
         else:
             first = which.start // self.block
             other.high = self.high[first : first + -(-other.num_examples // self.block)]
@@ -219,7 +245,7 @@ class Signs:
         low, high = self._place(x, 0, 1)
         if high is None:
             return torch.mul(x, low).sum(0)
-        total = x.new_zeros(self.low.shape)  # (B, d)
+        total = x.new_zeros(self.block, self.low.size(1))
         for part, _, a, _b in self._parts(x, x, low, high, 0):
             if part.dim() == 2:  # the examples that are left
                 total[: len(part)].addcmul_(part, a)
@@ -265,7 +291,7 @@ class Signs:
         rest = self.num_examples - split
         if rest:
             tails = (t.narrow(dim, split, rest) for t in (x, y))
-            last = low.narrow(dim + 1, 0, rest).squeeze(dim)
+            last = (low if len(self.low) == 1 else low.narrow(dim + 1, 0, rest)).squeeze(dim)
             parts.append((*tails, high.select(dim, whole), last))
         return parts
 
@@ -273,6 +299,11 @@ class Signs:
 _LOW_BITS = 5
 _BLOCKS = 16
 """Blocks of examples whose products fit in a cache."""
+
+
+def _repeated(low: Tensor, times: int) -> Tensor:
+    """Every row ``times`` times; ``repeat_interleave`` is several times slower."""
+    return low.unsqueeze(1).expand(-1, times, -1).flatten(0, 1)
 
 
 def _looked_up(codes: Tensor, num_examples: int, dtype: torch.dtype) -> Tensor:

@@ -157,6 +157,7 @@ class Execution:
     :param on_missing_rule: ``"warn"`` or ``"error"``.
     :param on_shared: called with ``(site, reason)`` when a site of this execution
         falls back to its shared draw. The default warns.
+    :param group_size: how many neighbouring examples have their signs in common.
     """
 
     def __init__(
@@ -164,9 +165,11 @@ class Execution:
         example_dim: int = 0,
         on_missing_rule: str = "warn",
         on_shared: Callable[[str, str], None] | None = None,
+        group_size: int = 1,
     ) -> None:
         self.example_dim = example_dim
         self.on_missing_rule = on_missing_rule
+        self._group_size = group_size
         self.num_examples: int | None = None
         self.particles_seen = False
         self._on_shared = on_shared or warn_shared
@@ -213,24 +216,31 @@ class Execution:
             )
 
     @property
-    def is_single(self) -> bool:
-        """Whether there is one example, which sees the shared draw: its signs are all 1."""
-        return self.num_examples == 1
+    def group_size(self) -> int:
+        """How many neighbouring examples have their signs in common."""
+        return self._group_size
 
-    def signs(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one group, which sees the shared draw: its signs are all 1."""
+        count = self.num_examples
+        return count is not None and 0 < count <= self._group_size
+
+    def signs(self, codes: Tensor, dtype: torch.dtype, num_examples: int | None = None) -> Tensor:
         """Dense signs ``(N, *codes.shape)``."""
-        assert self.num_examples is not None
-        return dense_signs(codes, self.num_examples, dtype)
+        count = self.num_examples if num_examples is None else num_examples
+        assert count is not None
+        return dense_signs(codes, count, dtype, self.group_size)
 
     def numbers(self, rows: Tensor) -> Tensor:
-        """The numbers of the examples to which rows of the data belong."""
-        return rows
+        """The numbers, in the signs, of the groups to which rows of the data belong."""
+        return rows if self.group_size == 1 else rows // self.group_size
 
     def factored_signs(self, codes: Tensor, dtype: torch.dtype) -> Signs:
         """Signs of flat ``codes`` for multiplying data, kept for the whole execution."""
         assert self.num_examples is not None
         if transformed():  # what is made inside torch.func must stay there
-            return Signs(codes, self.num_examples, dtype)
+            return Signs(codes, self.num_examples, dtype, self.group_size)
         key = codes.data_ptr(), codes.numel(), codes.stride(), dtype
         if key not in self._signs:
             # Holding `codes` keeps its address its own.
@@ -247,7 +257,7 @@ class Execution:
             start, count = codes.storage_offset(), codes.numel()
             if drawn.numel() > count:
                 return self.factored_signs(drawn, dtype).of(slice(start, start + count))
-        return Signs(codes, self.num_examples, dtype)
+        return Signs(codes, self.num_examples, dtype, self.group_size)
 
     def has_particles(self, data: Tensor, particles: int) -> bool:
         """Whether ``data`` are ``(K, N, ...)``, with one slice for each of K particles.
@@ -537,7 +547,8 @@ class FlipoutTensor(Tensor):
         for term in terms:
             perturbation = term.delta
             for codes in term.codes:
-                perturbation = perturbation * dense_signs(codes, num_examples, self.plain.dtype)
+                signs = self._execution.signs(codes, self.plain.dtype, num_examples)
+                perturbation = perturbation * signs
             out = out + perturbation
         return out
 

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from pyro_flipout import flip, flipout
 from pyro_flipout.infer import AutoMeanField
-from pyro_flipout.rules._product import _FlippedProduct
+from pyro_flipout.rules._fused_product import apply_flipped
 from pyro_flipout.rules.linear import LINEAR
 from pyro_flipout.signs import Signs, draw_codes
 from pyro_flipout.tensor import Execution
@@ -87,7 +87,7 @@ def test_training_a_compiled_network():
 def product(x, center, delta, bias, into_data, into_out):
     signs = (Signs(codes, 6, x.dtype) for codes in (into_data, into_out))
     placed = [(s, 0, 1) for s in signs]
-    return _FlippedProduct.apply(x, center, delta, bias, None, LINEAR, *placed, None)
+    return apply_flipped(x, center, delta, bias, None, LINEAR, *placed, None, None)
 
 
 @pytest.mark.slow

@@ -9,65 +9,16 @@ import torch
 from torch import Tensor
 
 from pyro_flipout.errors import FlipoutError
-from pyro_flipout.signs import Signs, code_bits, dense_signs
+from pyro_flipout.signs import code_bits
 from pyro_flipout.tensor import Draw, Execution, Factor, SignFactor
 
-__all__ = ["MemberDraw", "MemberSigns", "Population", "sign_sums"]
-
-
-class MemberSigns(Signs):
-    """The signs of N members for d codes; row i of the data belongs to member ``i // k``.
-
-    :param codes: ``int32`` tensor of shape ``(d,)``.
-    :param num_members: the number N of members.
-    :param rows: the number k of rows that a member has.
-    """
-
-    def __init__(self, codes: Tensor, num_members: int, rows: int, dtype: torch.dtype) -> None:
-        super().__init__(codes, num_members, dtype)
-        self.rows = rows
-
-    @property
-    def multiple(self) -> int:
-        """The rows of a block of members."""
-        return super().multiple * self.rows
-
-    def cut(self, which: slice) -> Signs:
-        """The signs of the rows ``which.start`` to ``which.stop``, all those of their members."""
-        return super().cut(slice(which.start // self.rows, which.stop // self.rows))
-
-    def times(self, x: Tensor, example_dim: int, dim: int, out: Tensor | None = None) -> Tensor:
-        """``x`` of size N * k in ``example_dim``, times the signs of its rows' members."""
-        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-        apart = self._apart(x, example_dim), example_dim, dim + (dim > example_dim)
-        super().times(*apart, out=self._apart(out, example_dim))
-        return out
-
-    def add_times(self, out: Tensor, x: Tensor, example_dim: int, dim: int) -> Tensor:
-        """``out + x * signs``, in place of ``out`` and at the cost of ``x``."""
-        apart = self._apart(x, example_dim), example_dim, dim + (dim > example_dim)
-        super().add_times(self._apart(out, example_dim), *apart)
-        return out
-
-    def add_vectors(
-        self, out: Tensor, center: Tensor, delta: Tensor, example_dim: int, dim: int
-    ) -> Tensor:
-        """``out + (center + delta * signs)``, in place; the vectors ``(d,)`` lie along ``dim``."""
-        apart = self._apart(out, example_dim)
-        super().add_vectors(apart, center, delta, example_dim, dim + (dim > example_dim))
-        return out
-
-    def sum_times(self, x: Tensor) -> Tensor:
-        """The sum over the rows of ``x`` ``(N * k, d)`` times their members' signs, ``(d,)``."""
-        return super().sum_times(self._apart(x, 0).sum(1))
-
-    def _apart(self, x: Tensor, example_dim: int) -> Tensor:
-        apart: Tensor = x.unflatten(example_dim, (self.num_examples, self.rows))  # a view
-        return apart
+__all__ = ["MemberDraw", "Population", "sign_sums"]
 
 
 class Population(Execution):
     """The members that one base perturbation serves, over any number of calls.
+
+    Row i of data with N * k rows belongs to member ``i // k``.
 
     :param num_members: the number N of members.
     :param example_dim: dimension of the data that counts the rows.
@@ -89,25 +40,10 @@ class Population(Execution):
         return False
 
     @property
-    def rows(self) -> int:
+    def group_size(self) -> int:
         """The number k of rows that a member has."""
         assert self.num_examples is not None
-        return self.num_examples // self.num_members
-
-    def numbers(self, rows: Tensor) -> Tensor:
-        """The members that rows of the data belong to."""
-        return rows // self.rows
-
-    def signs(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Dense signs ``(N * k, *codes.shape)``."""
-        return dense_signs(codes, self.num_members, dtype).repeat_interleave(self.rows, 0)
-
-    def factored_signs(self, codes: Tensor, dtype: torch.dtype) -> Signs:
-        """Signs of flat ``codes`` for multiplying data, kept while k is the same."""
-        key = codes.data_ptr(), codes.numel(), dtype
-        if key not in self._signs:
-            self._signs[key] = codes, MemberSigns(codes, self.num_members, self.rows, dtype)
-        return self._signs[key][1]
+        return max(self.num_examples // self.num_members, 1)  # of no rows, too
 
 
 def _refuse(site: str, reason: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyro_flipout.infer._es_base import NOISE, Base
 from pyro_flipout.infer._es_calls import count_rows
 from pyro_flipout.infer._es_options import check_noise, perturbed
-from pyro_flipout.infer._es_population import MemberSigns, Population
+from pyro_flipout.infer._es_population import Population
 from pyro_flipout.nn.choice import Pattern
 from pyro_flipout.signs import Signs, paired_signs
 
@@ -151,21 +151,18 @@ class _Policies(Population):
     def numbers(self, rows: Tensor) -> Tensor:
         return self.own.to(rows.device)[super().numbers(rows)]
 
-    def signs(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    def signs(self, codes: Tensor, dtype: torch.dtype, num_examples: int | None = None) -> Tensor:
         own = self.own.to(codes.device).reshape(-1, *(1,) * codes.dim())
-        return paired_signs(codes, own, dtype).repeat_interleave(self.rows, 0)
+        return paired_signs(codes, own, dtype).repeat_interleave(self.group_size, 0)
 
-    def factored_signs(self, codes: Tensor, dtype: torch.dtype) -> Signs:
-        key = codes.data_ptr(), codes.numel(), dtype
-        if key not in self._signs:
-            own = self.own.to(codes.device).unsqueeze(1)
-            signs = _PolicySigns(paired_signs(codes, own, dtype), self.rows)
-            self._signs[key] = codes, signs
-        return self._signs[key][1]
+    def _new_signs(self, codes: Tensor, dtype: torch.dtype) -> Signs:
+        own = self.own.to(codes.device).unsqueeze(1)
+        return _PolicySigns(paired_signs(codes, own, dtype), self.group_size)
 
 
-class _PolicySigns(MemberSigns):
+class _PolicySigns(Signs):
     """Dense signs ``(N, d)``, of which each row is that of k rows of the data."""
 
     def __init__(self, dense: Tensor, rows: int) -> None:
-        self.low, self.high, self.num_examples, self.rows = dense, None, len(dense), rows
+        self.num_examples, self.group_size, self.block = len(dense) * rows, rows, rows
+        self.low, self.high = dense.new_ones(1, dense.size(1)), dense

@@ -63,6 +63,10 @@ class FlipoutMessenger(Messenger):
     :param expose: names of the only sites to consider.
     :param hide_fn: function of a site that returns True to leave it alone.
     :param expose_fn: function of a site that returns True to consider it.
+    :param int group_size: how many neighbouring examples of the mini-batch share their signs. With
+        1 no two do, as in the paper. With k there are N / k pseudo-independent draws, which large
+        batches can spare, and dense and convolutional layers on a CPU take little more than one
+        product for the draw of a group. Shuffle the data.
     :param str on_missing_rule: ``"warn"`` to leave a site shared that meets a torch
         function without a flipout rule, ``"error"`` to raise
         :class:`~pyro_flipout.MissingRuleError`.
@@ -82,6 +86,7 @@ class FlipoutMessenger(Messenger):
         hide_fn: SiteFn | None = None,
         expose_fn: SiteFn | None = None,
         on_missing_rule: str = "warn",
+        group_size: int = 1,
     ) -> None:
         super().__init__()
         if isinstance(example_dim, bool) or not isinstance(example_dim, int) or example_dim < 0:
@@ -93,7 +98,13 @@ class FlipoutMessenger(Messenger):
             raise ValueError(
                 f'flipout: got on_missing_rule={on_missing_rule!r}, expected "warn" or "error"'
             )
+        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+            raise ValueError(
+                f"flipout: got group_size={group_size!r}, expected an integer >= 1, the number of "
+                "neighbouring examples that share their signs"
+            )
         self.example_dim = example_dim
+        self.group_size = group_size
         self.on_missing_rule = on_missing_rule
         self.hide = _names("hide", hide)
         self.expose = _names("expose", expose)
@@ -122,6 +133,8 @@ class FlipoutMessenger(Messenger):
             for name in ("example_dim", "hide", "expose", "hide_fn", "expose_fn")
             if getattr(self, name)
         }
+        if self.group_size > 1:
+            options["group_size"] = self.group_size
         options["on_missing_rule"] = self.on_missing_rule
         return f"FlipoutMessenger({', '.join(f'{k}={v!r}' for k, v in options.items())})"
 
@@ -289,7 +302,9 @@ class FlipoutMessenger(Messenger):
                 trace = frame.trace
                 break
         if self._execution is None or name in self._sites or trace is not self._trace():
-            self._execution = Execution(self.example_dim, self.on_missing_rule, self._share)
+            self._execution = Execution(
+                self.example_dim, self.on_missing_rule, self._share, self.group_size
+            )
             self._sites = set()
             self._trace = (lambda: None) if trace is None else weakref.ref(trace)
         self._sites.add(name)

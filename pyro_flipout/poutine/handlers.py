@@ -34,6 +34,7 @@ def flipout(
     hide_fn: SiteFn | None = ...,
     expose_fn: SiteFn | None = ...,
     on_missing_rule: str = ...,
+    group_size: int = ...,
 ) -> FlipoutMessenger: ...
 
 
@@ -47,6 +48,7 @@ def flipout(
     hide_fn: SiteFn | None = ...,
     expose_fn: SiteFn | None = ...,
     on_missing_rule: str = ...,
+    group_size: int = ...,
 ) -> Fn: ...
 
 

@@ -15,16 +15,22 @@ weight for each example, and broadcast against the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_flipout._modes import autocast, transformed
-from pyro_flipout.signs import Signs, flip_signs
+from pyro_flipout.rules._fused_product import (
+    Bias,
+    Groups,
+    Kernel,
+    Placed,
+    apply_flipped,
+    groups_of,
+)
+from pyro_flipout.signs import flip_signs
 from pyro_flipout.tensor import (
     Execution,
     FlipoutTensor,
@@ -78,151 +84,6 @@ def find_examples(weight: FlipoutTensor, data: Tensor, used: Sequence[int], name
     return dim
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """An operation linear in data and weight, with its gradient.
-
-    :ivar forward: ``(data, weight, bias) -> out``.
-    :ivar backward: ``(grad, data, weight, (need_data, need_weight)) -> (data's, weight's)``.
-    :ivar bias_dim: dimension of the output along which the bias lies.
-    """
-
-    forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    backward: Callable[[Tensor, Tensor, Tensor, tuple[bool, bool]], tuple[Any, Any]]
-    bias_dim: int = -1
-
-
-Placed = tuple[Signs, int, int]
-"""Signs, with the example dimension and the dimension they vary along."""
-
-
-class _FlippedProduct(torch.autograd.Function):
-    """``f(x, C) + b + R ∘ f(x ∘ S, Δ) + T ∘ β``, saving x, C and Δ and nothing of x's size more.
-
-    The bias has the centre b and the perturbation β with signs T, or b alone.
-
-    The flipped half runs over a few examples at a time: their flipped data and its product are
-    still in the cache when they are read again, and take no memory of the data's size.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        data: Tensor,
-        center: Tensor,
-        delta: Tensor,
-        bias: Tensor | None,
-        bias_delta: Tensor | None,
-        kernel: Kernel,
-        into_data: Placed | None,
-        into_out: Placed | None,
-        of_bias: Placed | None,
-    ) -> Tensor:
-        ctx.save_for_backward(data, center, delta)
-        ctx.kernel, ctx.into_data, ctx.into_out = kernel, into_data, into_out
-        ctx.of_bias = of_bias
-        out = kernel.forward(data, center, bias if of_bias is None else None)
-        for rows, before, after, of in _chunks(data, out, into_data, into_out, of_bias):
-            flipped = kernel.forward(_flip(data[rows], before), delta, None)
-            if after is None:
-                out[rows].add_(flipped)
-            else:
-                after[0].add_times(out[rows], flipped, *after[1:])
-            if of is not None and bias is not None and bias_delta is not None:
-                of[0].add_vectors(out[rows], bias, bias_delta, *of[1:])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        data, center, delta = ctx.saved_tensors
-        kernel, need = ctx.kernel, ctx.needs_input_grad
-        grad_bias = grad.transpose(kernel.bias_dim, -1).flatten(0, -2).sum(0) if need[3] else None
-        grad_beta = _grad_of_bias_delta(grad, ctx.of_bias) if need[4] else None
-        grad_data, grad_center = kernel.backward(grad, data, center, (need[0], need[1]))
-        grad_delta = None
-        if need[0] or need[2]:
-            # Writing in place cannot be differentiated again.
-            add = _add_differentiable if torch.is_grad_enabled() else _add_in_chunks
-            grad_data, grad_delta = add(ctx, grad, data, delta, grad_data)
-        return grad_data, grad_center, grad_delta, grad_bias, grad_beta, None, None, None, None
-
-
-def _grad_of_bias_delta(grad: Tensor, placed: Placed) -> Tensor:
-    signs, example_dim, dim = placed
-    others = [d for d in range(grad.dim()) if d not in (example_dim, dim)]
-    summed = grad.sum(others) if others else grad
-    by_example = summed if example_dim < dim else summed.t()  # (N, d)
-    if torch.is_grad_enabled():
-        return flip_signs(by_example, signs, 0, 1).sum(0)
-    return signs.sum_times(by_example)
-
-
-def _add_differentiable(
-    ctx: Any, grad: Tensor, data: Tensor, delta: Tensor, grad_data: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the data, with what the flipped half adds, and of the perturbation."""
-    need = ctx.needs_input_grad
-    flipped = _flip(data, ctx.into_data) if need[2] else data
-    more, grad_delta = ctx.kernel.backward(
-        _flip(grad, ctx.into_out), flipped, delta, (need[0], need[2])
-    )
-    return None if grad_data is None else grad_data + _flip(more, ctx.into_data), grad_delta
-
-
-def _add_in_chunks(
-    ctx: Any, grad: Tensor, data: Tensor, delta: Tensor, grad_data: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """As :func:`_add_differentiable`, a few examples at a time and in place."""
-    need, grad_delta = ctx.needs_input_grad, None
-    for rows, before, after in _chunks(data, grad, ctx.into_data, ctx.into_out):
-        flipped = _flip(data[rows], before) if need[2] else data[rows]
-        more, part = ctx.kernel.backward(
-            _flip(grad[rows], after), flipped, delta, (need[0], need[2])
-        )
-        grad_delta = part if grad_delta is None or part is None else grad_delta.add_(part)
-        if grad_data is None:
-            continue
-        if before is None:
-            grad_data[rows].add_(more)
-        else:
-            before[0].add_times(grad_data[rows], more, *before[1:])
-    return grad_data, grad_delta
-
-
-_CHUNK_BYTES = 2**21
-"""Of the larger one of data and output: about what the caches next to a core hold."""
-
-_WHOLE = slice(None)
-
-
-def _chunks(data: Tensor, out: Tensor, *placed: Placed | None) -> Iterator[tuple[Any, ...]]:
-    """Cuts the examples: yields their rows, and the signs there of each of ``placed``."""
-    if data.nbytes + out.nbytes < 2 * _CHUNK_BYTES:
-        yield _WHOLE, *placed
-        return
-    signs = [p for p in placed if p is not None]
-    if any(p[1] for p in signs) or data.device.type != "cpu" or not signs:
-        yield _WHOLE, *placed
-        return
-    multiple = max(p[0].multiple for p in signs)
-    size = max(t.nbytes // max(len(t), 1) for t in (data, out))  # of one example
-    step = max(_CHUNK_BYTES // max(size, 1) // multiple, 1) * multiple
-    if len(data) < 2 * step:
-        yield _WHOLE, *placed
-        return
-    for start in range(0, len(data), step):
-        rows = slice(start, min(start + step, len(data)))
-        yield rows, *(_cut(p, rows) for p in placed)
-
-
-def _cut(placed: Placed | None, rows: slice) -> Placed | None:
-    return None if placed is None else (placed[0].cut(rows), *placed[1:])
-
-
-def _flip(x: Tensor, placed: Placed | None) -> Tensor:
-    return x if placed is None else flip_signs(x, *placed)
-
-
 def flipped_product(
     weight: FlipoutTensor,
     data: Tensor,
@@ -263,7 +124,9 @@ def flipped_product(
         if out is None and fused is not None and max(len(before), len(after)) < 2:
             taken = _take_bias(bias, weight, fused, data, out_example_dim)
             bias = bias if taken is None else None
-            out = _fused(fused, data, weight.center, term.delta, taken or NO_BIAS, before, after)
+            pair = weight.center, term.delta
+            by_dim = None if weight.execution.group_size == 1 else (data_dims, out_dims)
+            out = _fused(fused, data, *pair, taken or NO_BIAS, before, after, by_dim)
             continue
         x = data
         for placed in before:
@@ -279,9 +142,6 @@ def flipped_product(
         out, torch.reshape(bias, (-1, *(1,) * (out.dim() - 1 - _bias_dim(kernel, out))))
     )
 
-
-Bias = tuple[Tensor | None, Tensor | None, Placed | None]
-"""Centre and perturbation of a bias, and the signs of the latter."""
 
 NO_BIAS: Bias = (None, None, None)
 
@@ -316,17 +176,30 @@ def _fused(
     bias: Bias,
     before: list[Placed],
     after: list[Placed],
+    dims: tuple[Mapping[int, int], Mapping[int, int]] | None,
 ) -> Tensor:
     x, center, delta, *biases = autocast(data, center, delta, *bias[:2])
     signs = before[0] if before else None, after[0] if after else None, bias[2]
     placed = [p and (p[0].to(x.dtype), *p[1:]) for p in signs]
+    groups = None if dims is None else _groups(x, center, placed[:2], dims)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _apply(x, center, delta, *biases, kernel, *placed)
-    return _apply(x, center, delta, *biases, kernel, *placed)
+            return apply_flipped(x, center, delta, *biases, kernel, *placed, groups)
+    return apply_flipped(x, center, delta, *biases, kernel, *placed, groups)
 
 
-_apply: Callable[..., Tensor] = _FlippedProduct.apply
+def _groups(
+    data: Tensor,
+    weight: Tensor,
+    placed: Sequence[Placed | None],
+    dims: tuple[Mapping[int, int], Mapping[int, int]],
+) -> Groups | None:
+    factors = [
+        (signs, next(own for own, where in along.items() if where == signs[2]))
+        for signs, along in zip(placed, dims, strict=True)
+        if signs is not None
+    ]
+    return groups_of(data, weight, factors, next(iter(dims[0].values())))
 
 
 def _of_center(

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flipout.rules._product import Kernel, find_examples, flipped_product
+from pyro_flipout.rules._fused_product import Kernel
+from pyro_flipout.rules._product import find_examples, flipped_product
 from pyro_flipout.tensor import FlipoutTensor, NoRule, NotExamples, implements
 
 FLIPS = "output and input channels of the weight, channels of the bias"

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_flipout import kernels
-from pyro_flipout.rules._product import Kernel, _route, find_examples, flipped_product, plain
+from pyro_flipout.rules._fused_product import Kernel
+from pyro_flipout.rules._product import _route, find_examples, flipped_product, plain
 from pyro_flipout.rules.contraction import contract
 from pyro_flipout.tensor import Execution, FlipoutTensor, NoRule, implements
 
@@ -55,8 +56,10 @@ def _in_one_kernel(
     weight: FlipoutTensor, input: Tensor, bias: Tensor | None, dim: int
 ) -> Tensor | None:
     """The product in one fused GPU kernel, ``None`` where library calls should compute it."""
-    # Other executions number the examples in their own way.
-    if not kernels.possible(input) or type(weight.execution) is not Execution:
+    # Other executions, and groups, number the examples in their own way.
+    execution = weight.execution
+    own = execution.group_size == 1 and type(execution) is Execution
+    if not own or not kernels.possible(input):
         return None
     center, terms, last = weight.center, weight.terms, input.dim() - 1
     if len(terms) != 1 or not kernels.available(input, center, terms[0].delta, bias):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pyro_flipout import FlipoutError
-from pyro_flipout.rules import _product
+from pyro_flipout.rules import _fused_product
 from pyro_flipout.signs import Signs, dense_signs, draw_codes
 from pyro_flipout.tensor import Draw, Execution, FlipoutTensor, Term, flip
 
@@ -66,11 +66,11 @@ def test_a_few_examples_at_a_time_are_all_of_them(name, num_examples, parts, mon
     ]
     fn, found = product(op, weight), []
     for size in (2**30, 1):
-        monkeypatch.setattr(_product, "_CHUNK_BYTES", size)
+        monkeypatch.setattr(_fused_product, "_CHUNK_BYTES", size)
         out = fn(*inputs)
         found.append([out, *torch.autograd.grad(out.sin().sum(), inputs)])
     signs = Signs(draw_codes((3,)), num_examples, out.dtype)
-    assert len(list(_product._chunks(inputs[0], out, (signs, 0, 1)))) == parts
+    assert len(list(_fused_product._chunks(inputs[0], out, (signs, 0, 1)))) == parts
     for whole, cut in zip(*found, strict=True):
         torch.testing.assert_close(whole, cut)
 
@@ -79,7 +79,7 @@ def test_a_few_examples_at_a_time_are_all_of_them(name, num_examples, parts, mon
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_weights_that_cancel_give_zero(dtype, size, monkeypatch):
     """DropConnect: an output whose weights are all dropped is 0, where a ReLU has no slope."""
-    monkeypatch.setattr(_product, "_CHUNK_BYTES", size)
+    monkeypatch.setattr(_fused_product, "_CHUNK_BYTES", size)
     torch.manual_seed(0)
     execution = Execution()
 
