@@ -288,7 +288,13 @@ def draw(name, found, path):
     for estimator in next(iter(found.values())):
         rows = [rows[estimator] for rows in found.values()]
         middle, low, high = ([row[i] for row in rows] for i in range(3))
-        style = "-o" if "flipout" in estimator or "groups" in estimator else "k--" if estimator == "plain" else ":o"
+        style = (
+            "-o"
+            if "flipout" in estimator or "groups" in estimator
+            else "k--"
+            if estimator == "plain"
+            else ":o"
+        )
         bars = [[m - a for m, a in zip(middle, low, strict=True)]]
         bars += [[b - m for m, b in zip(middle, high, strict=True)]]
         axes.errorbar(list(found), middle, bars, fmt=style, label=estimator)

@@ -22,14 +22,9 @@ import torch
 from torch import Tensor
 
 from pyro_flipout._modes import autocast, transformed
-from pyro_flipout.rules._fused_product import (
-    Bias,
-    Groups,
-    Kernel,
-    Placed,
-    apply_flipped,
-    groups_of,
-)
+from pyro_flipout.rules._explicit import Explicit, plan_explicit
+from pyro_flipout.rules._fused_product import apply_flipped
+from pyro_flipout.rules._kernel import Bias, Kernel, Placed
 from pyro_flipout.signs import flip_signs
 from pyro_flipout.tensor import (
     Execution,
@@ -125,7 +120,7 @@ def flipped_product(
             taken = _take_bias(bias, weight, fused, data, out_example_dim)
             bias = bias if taken is None else None
             pair = weight.center, term.delta
-            by_dim = None if weight.execution.group_size == 1 else (data_dims, out_dims)
+            by_dim = data_dims, out_dims
             out = _fused(fused, data, *pair, taken or NO_BIAS, before, after, by_dim)
             continue
         x = data
@@ -176,30 +171,35 @@ def _fused(
     bias: Bias,
     before: list[Placed],
     after: list[Placed],
-    dims: tuple[Mapping[int, int], Mapping[int, int]] | None,
+    dims: tuple[Mapping[int, int], Mapping[int, int]],
 ) -> Tensor:
     x, center, delta, *biases = autocast(data, center, delta, *bias[:2])
     signs = before[0] if before else None, after[0] if after else None, bias[2]
     placed = [p and (p[0].to(x.dtype), *p[1:]) for p in signs]
-    groups = None if dims is None else _groups(x, center, placed[:2], dims)
+    explicit = _explicit(kernel, x, center, placed[:2], dims)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return apply_flipped(x, center, delta, *biases, kernel, *placed, groups)
-    return apply_flipped(x, center, delta, *biases, kernel, *placed, groups)
+            return apply_flipped(x, center, delta, *biases, kernel, *placed, explicit)
+    return apply_flipped(x, center, delta, *biases, kernel, *placed, explicit)
 
 
-def _groups(
+def _explicit(
+    kernel: Kernel,
     data: Tensor,
     weight: Tensor,
     placed: Sequence[Placed | None],
     dims: tuple[Mapping[int, int], Mapping[int, int]],
-) -> Groups | None:
-    factors = [
-        (signs, next(own for own, where in along.items() if where == signs[2]))
-        for signs, along in zip(placed, dims, strict=True)
-        if signs is not None
+) -> Explicit | None:
+    """The way to make the examples' weights, where that pays."""
+    if torch.compiler.is_compiling():
+        return None
+    given = [
+        (p[0], next(own for own, where in along.items() if where == p[2]))
+        for p, along in zip(placed, dims, strict=True)
+        if p is not None
     ]
-    return groups_of(data, weight, factors, next(iter(dims[0].values())))
+    example_dim = next((p[1] for p in placed if p is not None), 0)
+    return plan_explicit(kernel, data, weight, given, example_dim)
 
 
 def _of_center(

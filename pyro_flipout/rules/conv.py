@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flipout.rules._fused_product import Kernel
+from pyro_flipout.rules._kernel import Kernel
 from pyro_flipout.rules._product import find_examples, flipped_product
 from pyro_flipout.tensor import FlipoutTensor, NoRule, NotExamples, implements
 
@@ -68,19 +69,49 @@ def _kernel(
             return None  # pads one side more: left to torch
         padding = [t // 2 for t in total]
     padding = _ntuple(0 if padding == "valid" else padding, spatial)
-    options = (stride, padding, dilation, output_padding is not None, out_pad, groups)
+    transposed = output_padding is not None
+    options = (stride, padding, dilation, transposed, out_pad)
 
     def forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return torch.convolution(x, w, b, *options)
+        return torch.convolution(x, w, b, *options, groups)
 
     def backward(
-        grad: Tensor, x: Tensor, w: Tensor, need: tuple[bool, bool]
+        grad: Tensor, x: Tensor, w: Tensor, need: tuple[bool, bool], count: int = 1
     ) -> tuple[Tensor | None, Tensor | None]:
         mask = [*need, False]
-        grads = torch.ops.aten.convolution_backward(grad, x, w, None, *options, mask)
+        grads = torch.ops.aten.convolution_backward(
+            grad, x, w, None, *options, groups * count, mask
+        )
         return grads[0], grads[1]
 
-    return Kernel(forward, backward, bias_dim=1)
+    def forward_each(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        b = b if b is None else b.flatten()
+        out = torch.convolution(_abreast(x), w.flatten(0, 1), b, *options, groups * len(w))
+        return _apart(out, len(w))
+
+    def backward_each(
+        grad: Tensor, x: Tensor, w: Tensor, need: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        of_x, of_w = backward(_abreast(grad), _abreast(x), w.flatten(0, 1), need, len(w))
+        of_x = of_x if of_x is None else _apart(of_x, len(w))
+        return of_x, of_w if of_w is None else of_w.unflatten(0, w.shape[:2])
+
+    def pixels(data: Tensor) -> int:
+        count = math.prod(data.shape[2:])
+        return count if transposed else count // math.prod(stride)
+
+    return Kernel(forward, backward, forward_each, backward_each, pixels, min_uses=128, bias_dim=1)
+
+
+def _abreast(x: Tensor) -> Tensor:
+    """Data ``(c, k, C, *)`` for c weights as ``(k, c * C, *)`` for a grouped convolution."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _apart(x: Tensor, count: int) -> Tensor:
+    """The inverse of :func:`_abreast`."""
+    each: Tensor = x.unflatten(1, (count, -1))
+    return each.transpose(0, 1)
 
 
 def _ntuple(value: Any, count: int) -> list[int]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_flipout import kernels
-from pyro_flipout.rules._fused_product import Kernel
+from pyro_flipout.rules._kernel import Kernel
 from pyro_flipout.rules._product import _route, find_examples, flipped_product, plain
 from pyro_flipout.rules.contraction import contract
 from pyro_flipout.tensor import Execution, FlipoutTensor, NoRule, implements
@@ -81,7 +82,30 @@ def _linear_backward(
     return grad_input, grad.t() @ input
 
 
-LINEAR = Kernel(F.linear, _linear_backward)
+def _linear_each(data: Tensor, weights: Tensor, biases: Tensor | None) -> Tensor:
+    rows, columns = data.flatten(1, -2), weights.transpose(1, 2)
+    if biases is None:
+        out = torch.bmm(rows, columns)
+    else:
+        out = torch.baddbmm(biases.unsqueeze(1), rows, columns)
+    return out.view(*data.shape[:-1], -1)
+
+
+def _linear_each_backward(
+    grad: Tensor, data: Tensor, weights: Tensor, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    rows = grad.flatten(1, -2)
+    grad_data = torch.bmm(rows, weights).view(data.shape) if need[0] else None
+    return grad_data, torch.bmm(rows.transpose(1, 2), data.flatten(1, -2)) if need[1] else None
+
+
+def _tokens(data: Tensor) -> int:
+    return math.prod(data.shape[1:-1])
+
+
+LINEAR = Kernel(
+    F.linear, _linear_backward, _linear_each, _linear_each_backward, uses=_tokens, min_uses=32
+)
 
 _IN_PROJECTION = getattr(getattr(F, "_in_projection", None), "__code__", None)
 
