@@ -12,7 +12,8 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from torch import nn
 
 from pyro_flipout import flipout
-from tests.helpers import bayesian, check_network
+from tests.helpers import Recording, bayesian, check_network
+from tests.rules.test_oracle import always_explicit
 
 
 class LeNet(nn.Sequential):
@@ -146,15 +147,21 @@ NETS = {
 }
 
 
+@pytest.mark.parametrize("way", ["as it is", "in groups of 3", "by explicit weights"])
 @pytest.mark.parametrize("guide", [AutoNormal, AutoDiagonalNormal])
 @pytest.mark.parametrize("name", NETS)
-def test_against_explicit_weights(name, guide, float64):
+def test_against_explicit_weights(name, guide, way, float64, monkeypatch):
+    handler = Recording(on_missing_rule="error", group_size=3 if way == "in groups of 3" else 1)
+    if way == "by explicit weights":
+        always_explicit(monkeypatch, plans := [])
     make, data = NETS[name]
     net = make()
     if name == "resnet":  # batch statistics couple examples: compared in evaluation
         net(*data(20))
         net.eval()
-    check_network(net, guide, *data(4))
+    check_network(net, guide, *data(4), handler=handler)
+    if way == "by explicit weights":
+        assert any(plans)
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoDiagonalNormal])

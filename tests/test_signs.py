@@ -68,15 +68,32 @@ def test_codes_follow_the_seed_and_use_every_bit():
     assert (ones[1:] - 2048).abs().max() < 6 * 32  # 6 standard deviations of Binomial(4096, 1/2)
 
 
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 17, 32, 33, 200])
+@pytest.mark.parametrize("num_examples", [0, 1, 5, 128, 129, 160, 1061])
+def test_groups_have_their_signs_in_common(num_examples, group_size):
+    codes = draw_codes((7,))
+    count = -(-num_examples // group_size)
+    own = dense_signs(codes, count, torch.float)
+    dense = own[torch.arange(num_examples) // group_size]
+    assert torch.equal(dense_signs(codes, num_examples, torch.float, group_size), dense)
+    signs = Signs(codes, num_examples, torch.float, group_size)
+    assert torch.equal(signs.of_groups, own)
+    assert torch.equal(signs.times(torch.ones(num_examples, 7), 0, 1), dense)
+    assert signs.low.numel() + (0 if signs.high is None else signs.high.numel()) <= max(
+        128 * 7, (32 + num_examples // 16) * 7
+    )
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 32])
 @pytest.mark.parametrize("num_examples", [1, 5, 128, 129, 160, 1000, 1061])
 @pytest.mark.parametrize(("example_dim", "dim"), [(0, 1), (1, 0), (0, 2), (1, 2)])
-def test_signs_in_factors_are_the_dense_ones(num_examples, example_dim, dim):
+def test_signs_in_factors_are_the_dense_ones(num_examples, example_dim, dim, group_size):
     torch.manual_seed(0)
     shape = [2, 2, 2]
     shape[example_dim], shape[dim] = num_examples, 3
     x, vector = torch.randn(shape, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     codes = draw_codes((3,))
-    signs, dense = (f(codes, num_examples, torch.float64) for f in (Signs, dense_signs))
+    signs, dense = (f(codes, num_examples, torch.float64, group_size) for f in (Signs, dense_signs))
     placed = (dense.t() if dim < example_dim else dense).reshape(
         [n if d in (example_dim, dim) else 1 for d, n in enumerate(shape)]
     )
@@ -90,12 +107,15 @@ def test_signs_in_factors_are_the_dense_ones(num_examples, example_dim, dim):
     torch.testing.assert_close(signs.sum_times(rows), (rows * dense).sum(0))
 
 
+@pytest.mark.parametrize("group_size", [1, 3, 8, 40, 150])
 @pytest.mark.parametrize("stop", [64, 75, 100, 200])
-def test_a_cut_has_the_signs_of_its_examples(stop):
+def test_a_cut_has_the_signs_of_its_examples(stop, group_size):
     codes = draw_codes((3,))
-    cut = Signs(codes, 200 if stop > 75 else 100, torch.float).cut(slice(32, stop))
-    ones = torch.ones(stop - 32, 3)
-    assert torch.equal(cut.times(ones, 0, 1), dense_signs(codes, 200, torch.float)[32:stop])
+    signs = Signs(codes, 200 if stop > 75 else 100, torch.float, group_size)
+    start = signs.multiple * (32 // signs.multiple)
+    cut = signs.cut(slice(start, stop))
+    dense = dense_signs(codes, 200, torch.float, group_size)[start:stop]
+    assert torch.equal(cut.times(torch.ones(stop - start, 3), 0, 1), dense)
 
 
 @pytest.mark.parametrize("count", [-1, MAX_EXAMPLES + 1])

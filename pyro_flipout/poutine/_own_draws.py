@@ -126,6 +126,14 @@ class OwnDrawsMessenger(FlipoutMessenger):
 
     tensor: ClassVar[type[OwnDrawsTensor]]
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.group_size != 1:
+            raise ValueError(
+                f"{self.tensor.estimator}: got group_size={self.group_size}, expected 1: it has no "
+                "signs that a group could share; leave it out"
+            )
+
     def why_not(self, found: SymmetricDraw) -> str | None:
         """The reason to leave a symmetric draw shared, if there is one."""
 

@@ -116,6 +116,7 @@ class FlipoutMessenger(Messenger):
         self._shared: dict[str, str] = {}
         self._told: set[str] = set()
         self._joint: dict[str, NoDraw] = {}
+        self._most_examples = 0
         self._forget()
 
     def _check_choice(self) -> None:
@@ -337,6 +338,7 @@ class FlipoutMessenger(Messenger):
         """The examples that the rules counted must be a data plate of what is observed."""
         if self._execution is None or self._execution.num_examples in (None, 0, 1):
             return
+        self._check_groups(self._execution.num_examples)
         sizes = {
             f.name: int(f.size)
             for f in msg["cond_indep_stack"]
@@ -349,6 +351,17 @@ class FlipoutMessenger(Messenger):
                 f"{num_examples} examples were counted in dimension {self.example_dim} of the "
                 f"data, but the observed site '{msg['name']}' is in plates of sizes {sizes}; "
                 "set example_dim to the dimension of the data that counts the examples",
+            )
+
+
+    def _check_groups(self, num_examples: int) -> None:
+        """One group alone sees the shared draw; a last, smaller mini-batch may be one."""
+        self._most_examples = max(self._most_examples, num_examples)
+        if self._most_examples <= self.group_size:
+            self._tell(
+                "group_size",
+                f"all {num_examples} examples are one group and see the shared draw, since "
+                f"group_size={self.group_size}; set it to a fraction of the mini-batch",
             )
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_flipout.rules._product import find_examples, flipped_product, plain
@@ -99,10 +100,17 @@ def is_weight(tensor: Any) -> bool:
 
 
 def contract(
-    op: Callable[..., Tensor], a: Tensor, b: Tensor, lhs: str, rhs: str, out: str
+    op: Callable[..., Tensor],
+    a: Tensor,
+    b: Tensor,
+    lhs: str,
+    rhs: str,
+    out: str,
+    alone: bool = True,
 ) -> Tensor:
     """Runs the bilinear ``op`` whose dimensions are named by the three strings.
 
+    :param alone: whether ``op`` has no factors but these two.
     :returns: a flipped weight if both factors are weights.
     """
     if is_weight(a) and is_weight(b):
@@ -133,6 +141,11 @@ def contract(
     ]
     if sizes != list(data.shape):  # every entry of the weight has signs of its own
         data = data.expand(sizes)
+    elif alone and len(own) == weight.dim() == 2 and not weight.execution.is_single:
+        # As a dense layer, if it is one: that has a gradient of its own.
+        at = weight_names.find(data_names[-1])
+        if at >= 0 and out == data_names[:-1] + weight_names[1 - at]:
+            return F.linear(data, weight if at == 1 else weight.t())
     return flipped_product(
         weight,
         data,
@@ -286,7 +299,8 @@ def einsum(op: Callable[..., Tensor], equation: str, *operands: Any) -> Tensor:
         return op(equation, *(replaced.get(i, operand) for i, operand in enumerate(operands)))
 
     apply.__name__ = f"torch.einsum({equation!r})"
-    return contract(apply, operands[data_index], weight, names[data_index], names[which], out)
+    factors = operands[data_index], weight, names[data_index], names[which]
+    return contract(apply, *factors, out, alone=len(operands) == 2)
 
 
 def _data_operand(

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_flipout import FlipoutError
 from pyro_flipout.infer import FlipES, _es_base, _es_fitness, flip_es
-from pyro_flipout.infer._es_population import MemberDraw, MemberSigns, sign_sums
+from pyro_flipout.infer._es_population import MemberDraw, Population, sign_sums
 from pyro_flipout.signs import dense_signs, draw_codes
 from tests.helpers import Z, mlp
 
@@ -131,13 +131,6 @@ def test_a_single_member(rows, float64):
         assert_gradients(es, explicit_gradient(es, members, [1.0], 0.3))
 
 
-def test_member_signs_summed_over_rows(float64):
-    signs = MemberSigns(draw_codes((5,)), 40, 3, torch.float64)
-    x = torch.randn(120, 5)
-    expected = (x * signs.times(torch.ones(120, 5), 0, 1)).sum(0)
-    torch.testing.assert_close(signs.sum_times(x), expected)
-
-
 def test_planted_bug_in_the_estimate(float64, monkeypatch):
     # Sums over the wrong members: those of a population without signs for the columns.
     monkeypatch.setattr(MemberDraw, "combined", property(lambda self: self.codes[0]))
@@ -147,15 +140,11 @@ def test_planted_bug_in_the_estimate(float64, monkeypatch):
 
 
 def test_planted_bug_in_the_layout(float64, monkeypatch):
-    # Row i belongs to member i % N where it should be i // k.
-    monkeypatch.setattr(
-        MemberSigns,
-        "_apart",
-        lambda self, x, dim: x.unflatten(dim, (self.rows, -1)).transpose(dim, dim + 1),
-    )
+    # Two rows in a row belong to one member, of three that should.
+    monkeypatch.setattr(Population, "group_size", property(lambda self: 2))
     es = FlipES(nn.Linear(4, 3, bias=False), sigma=0.3)
     with pytest.raises(AssertionError, match="not close"):
-        evaluate(es, torch.randn(MEMBERS * 2, 4), rows=2)
+        evaluate(es, torch.randn(MEMBERS * 3, 4), rows=3)
 
 
 @pytest.mark.parametrize("num_members", [1, 2, 5, 64, 100])

@@ -67,7 +67,7 @@ class UniformSigns:
     """Planted bug (Edward2's): signs drawn from [0, 1) instead of {-1, 1}."""
 
     def __init__(self, monkeypatch):
-        def wrong(codes, num_examples, dtype):
+        def wrong(codes, num_examples, dtype, group_size):
             return torch.rand((num_examples, *codes.shape), dtype=dtype)
 
         monkeypatch.setattr(pyro_flipout.tensor, "dense_signs", wrong)
