@@ -16,6 +16,7 @@ import argparse
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -26,7 +27,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from networks import NETWORKS, Classifier, NegativeLogLikelihood, load, train
 
+from pyro_flipout import flipout
 from pyro_flipout.infer import decompose_variance, gradient_variance, plot_gradient_variance
+from pyro_flipout.infer.estimators import estimators_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -40,6 +43,9 @@ PARSER.add_argument("--scale", type=float, help="of the noise; default 1, for me
 PARSER.add_argument("--sizes", type=int, nargs="+", default=[2**k for k in range(14)])
 PARSER.add_argument("--repeats", type=int, default=200)
 PARSER.add_argument("--estimators", nargs="+", help="default: all that the network allows")
+PARSER.add_argument(
+    "--group-sizes", type=int, nargs="+", default=[], help="flipout in groups of that size too"
+)
 PARSER.add_argument("--accuracy", type=float, default=0.85, help="of the partly trained network")
 PARSER.add_argument("--data-dir", type=Path, help="folder of MNIST's IDX files; default: digits")
 PARSER.add_argument("--out", type=Path, default=Path("variance"))
@@ -60,7 +66,8 @@ def measure(args, arch, noise, x, y):
         classifier.model,
         classifier.guide(noise, scale),
         (x, y),
-        estimators=args.estimators or own,
+        estimators=estimators_of(args.estimators or own)
+        | {f"groups of {k}": partial(flipout, group_size=k) for k in args.group_sizes},
         batch_sizes=args.sizes,
         num_repeats=args.repeats,
         elbo=NegativeLogLikelihood(),

@@ -65,7 +65,7 @@ def _is_free(weight: FlipoutTensor, shape: torch.Size, dim: int) -> bool:
     if own < 0:
         return True
     if weight.shape[own] == 1:
-        return shape[dim] != 1 or weight.execution.is_single
+        return shape[dim] != 1 or weight.execution.num_examples == 1
     return weight.execution.num_examples in (None, shape[dim]) and repeats(weight, own)
 
 

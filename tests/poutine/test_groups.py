@@ -6,12 +6,14 @@ import pyro
 import pyro.poutine as poutine
 import pytest
 import torch
+import torch.nn.functional as F
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from pyro_flipout import FlipoutWarning, flipout
 from pyro_flipout.poutine import independent, local_reparameterization
+from pyro_flipout.tensor import Execution, flip
 from tests.helpers import Recording, Regression, bayesian, check_network, mlp, randomize
 
 
@@ -55,9 +57,21 @@ def test_time_major(float64):
 @pytest.mark.parametrize("batch", [1, 7, 8])
 def test_one_group_sees_the_shared_draw(batch):
     net, x = bayesian(mlp()), torch.randn(batch, 4)
-    trace = poutine.trace(AutoNormal(net)).get_trace(x)
+    guide = AutoNormal(net)
+    guide(x)
+    trace = poutine.trace(randomize(guide)).get_trace(x)
     alone, bare = (poutine.replay(fn, trace=trace)(x) for fn in (flipout(net, group_size=8), net))
     assert torch.equal(alone, bare)
+
+
+def test_a_constant_in_the_only_group():
+    """One row is one example of one, but none of five that are one group."""
+    execution = Execution(group_size=8, on_missing_rule="error")
+    w, scale = (flip(v, v, execution=execution) for v in (torch.randn(1, 3), torch.randn(1, 1)))
+    x = torch.randn(5, 3)
+    F.linear(x, w)
+    row = torch.ones(1, 3) * scale
+    assert torch.equal(F.linear(x, row), F.linear(x, torch.ones(1, 3) * scale.plain))
 
 
 def test_one_group_is_told_once():

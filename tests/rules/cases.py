@@ -143,6 +143,8 @@ for op in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
     case(op, "heads, weight first", lambda: (W(2, 4, 3), data(N, 2, 3, 7)))
     case(op, "weight broadcasts", lambda: (data(N, 7, 3), W(1, 3, 4)))
 case(Tensor.__rmatmul__, "reflected", lambda: (W(3, 2), data(N, 3)))
+case(torch.matmul, "square", lambda: (data(N, 3), W(3, 3)))
+case(torch.inner, "square", lambda: (data(N, 3), W(3, 3)))
 case(torch.matmul, "columns are examples", lambda: (tm(W, 2, 3), data(3, N)), example_dim=1)
 for op in (torch.mm, Tensor.mm):
     case(op, "data first", lambda: (data(N, 3), W(3, 2)))
@@ -212,6 +214,25 @@ for equation, shapes in {
         return (equation, *(W(*s) if i == which else data(*s) for i, s in enumerate(shapes)))
 
     case(torch.einsum, equation, einsum_args)
+for equation in ("ni,io->no", "ni,oi->no", "io,nti->nto"):
+    case(
+        torch.einsum,
+        f"square {equation}",
+        lambda equation=equation, first="io" in equation.split(",")[0]: (
+            (equation, W(3, 3), data(N, 7, 3)) if first else (equation, data(N, 3), W(3, 3))
+        ),
+    )
+for equation, third in (("ni,oi,o->no", 2), ("ni,oi,i->no", 3), ("ni,io,no->no", (N, 2))):
+    case(
+        torch.einsum,
+        f"three factors {equation}",
+        lambda equation=equation, third=third: (
+            equation,
+            data(N, 3),
+            W(3, 2) if "io" in equation else W(2, 3),
+            data(*third) if isinstance(third, tuple) else const(third),
+        ),
+    )
 case(torch.einsum, "weight first", lambda: ("oi,bi->bo", W(2, 3), data(N, 3)))
 
 # -------------------------------------------------------------------- arithmetic
