@@ -65,8 +65,8 @@ def _kernel(
     )
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        if any(t % 2 for t in total):
-            return None  # pads one side more: left to torch
+        if any(t % 2 for t in total) or any(s != 1 for s in stride):
+            return None  # pads one side more, or is refused: left to torch
         padding = [t // 2 for t in total]
     padding = _ntuple(0 if padding == "valid" else padding, spatial)
     transposed = output_padding is not None

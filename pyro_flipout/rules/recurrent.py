@@ -36,6 +36,7 @@ from pyro_flipout.tensor import (
     describe,
     implements,
     queries,
+    unwrap,
 )
 
 CELLS: dict[Callable[..., Any], _cells.Cell] = {
@@ -119,6 +120,8 @@ def recurrent(op: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor
     states = call.hx if isinstance(call.hx, (tuple, list)) else (call.hx,)
     _check_layout(call)
     _count((call.params, states), call.input, call.num_sequences)
+    if all(weight.execution.is_single for weight in _flipped((call.params, states))):
+        return op(*unwrap(args), **unwrap(kwargs))  # type: ignore[no-any-return]
     states = [explicit_state(state, 1) for state in states]
     rows, sizes = call.rows()
     num_directions = 2 if call.bidirectional else 1

@@ -54,13 +54,18 @@ def test_time_major(float64):
     assert not torch.equal(own[2], own[3])
 
 
+@pytest.mark.parametrize("recurrent", [False, True])
 @pytest.mark.parametrize("batch", [1, 7, 8])
-def test_one_group_sees_the_shared_draw(batch):
-    net, x = bayesian(mlp()), torch.randn(batch, 4)
+def test_one_group_sees_the_shared_draw(batch, recurrent):
+    net = bayesian(TimeMajor() if recurrent else mlp())
+    x = torch.randn(5, batch, 3) if recurrent else torch.randn(batch, 4)
     guide = AutoNormal(net)
     guide(x)
     trace = poutine.trace(randomize(guide)).get_trace(x)
-    alone, bare = (poutine.replay(fn, trace=trace)(x) for fn in (flipout(net, group_size=8), net))
+    alone, bare = (
+        poutine.replay(fn, trace=trace)(x)
+        for fn in (flipout(net, group_size=8, example_dim=int(recurrent)), net)
+    )
     assert torch.equal(alone, bare)
 
 

@@ -95,6 +95,15 @@ def test_weights_that_cancel_give_zero(dtype, size, monkeypatch):
     assert (out[zero] == 0).all()
 
 
+def test_what_torch_refuses():
+    x, fn = torch.randn(5, 3, 8), product(F.conv1d, (2, 3, 3))
+    weight = torch.randn(2, 3, 3)
+    fn(x, weight, weight, None)
+    strided = product(lambda *args: F.conv1d(*args, padding="same", stride=2), weight.shape)
+    with pytest.raises(RuntimeError, match="padding='same' is not supported for strided"):
+        strided(x, weight, weight, None)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_one_example_sees_the_shared_draw(name):
     op, data, weight = CASES[name]
