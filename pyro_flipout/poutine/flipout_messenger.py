@@ -353,7 +353,6 @@ class FlipoutMessenger(Messenger):
                 "set example_dim to the dimension of the data that counts the examples",
             )
 
-
     def _check_groups(self, num_examples: int) -> None:
         """One group alone sees the shared draw; a last, smaller mini-batch may be one."""
         self._most_examples = max(self._most_examples, num_examples)

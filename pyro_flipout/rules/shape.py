@@ -397,7 +397,8 @@ def _beside_data(tensors: Sequence[Tensor], dim: int) -> list[Tensor] | None:
 def _explicit_along(weight: FlipoutTensor, dim: int) -> Tensor:
     """The weights of all examples in place of the repetition along ``dim``."""
     one = map_entries(weight, lambda value: value.narrow(dim, 0, 1))
-    return per_example(one, weight.dim(), dim)
+    # Of one group it is the shared draw, once.
+    return per_example(one, weight.dim(), dim).expand(weight.shape)
 
 
 def _cat_factors(

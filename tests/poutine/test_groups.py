@@ -79,6 +79,15 @@ def test_a_constant_in_the_only_group():
     assert torch.equal(F.linear(x, row), F.linear(x, torch.ones(1, 3) * scale.plain))
 
 
+@pytest.mark.parametrize("count", [3, 8, 9])
+def test_a_class_token_in_the_only_group(count):
+    execution = Execution(group_size=8, on_missing_rule="error")
+    token, w = (flip(v, v, execution=execution) for v in (torch.randn(1, 1, 4), torch.randn(4, 4)))
+    h = F.linear(torch.randn(count, 5, 4), w)
+    joined = torch.cat([token.expand(count, 1, 4), h], 1)
+    torch.testing.assert_close(joined[:, 0], token.materialize()[:, 0, 0])
+
+
 def test_one_group_is_told_once():
     model, guide, x, y = setup()
     svi = SVI(flipout(model, group_size=12), guide, pyro.optim.Adam({}), Trace_ELBO())
