@@ -70,6 +70,7 @@ LAYERS = [
     conv(32, 64, 128, 3, stride=2),
     conv(16, 256, 64, 1),
     dense(1, 784, 512, group_size=32),
+    dense(1, 784, 512, group_size=64),
     dense(1, 784, 512, group_size=128),
 ]
 

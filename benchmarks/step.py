@@ -168,7 +168,7 @@ ESTIMATORS = {
     "AutoNormal, flipout": lambda net, args: Pyro(net, args, AutoNormal, 1),
     "AutoMeanField, shared": lambda net, args: Pyro(net, args, AutoMeanField, 0),
     "AutoMeanField, flipout": lambda net, args: Pyro(net, args, AutoMeanField, 1),
-    "AutoMeanField, groups of 32": lambda net, args: Pyro(net, args, AutoMeanField, 32),
+    "AutoMeanField, groups of 64": lambda net, args: Pyro(net, args, AutoMeanField, 64),
     "AutoMeanField, groups of 128": lambda net, args: Pyro(net, args, AutoMeanField, 128),
     "bayesian-torch, reparam.": lambda net, args: BayesianTorch(net, args, "Reparameterization"),
     "bayesian-torch, flipout": lambda net, args: BayesianTorch(net, args, "Flipout"),

@@ -104,7 +104,7 @@ def _tokens(data: Tensor) -> int:
 
 
 LINEAR = Kernel(
-    F.linear, _linear_backward, _linear_each, _linear_each_backward, uses=_tokens, min_uses=32
+    F.linear, _linear_backward, _linear_each, _linear_each_backward, uses=_tokens, min_uses=64
 )
 
 _IN_PROJECTION = getattr(getattr(F, "_in_projection", None), "__code__", None)

@@ -36,15 +36,15 @@ def conv(x, w):
 @pytest.mark.parametrize(
     ("op", "data", "weight", "options", "at_once"),
     [
-        (F.linear, (5, 31, 3), (2, 3), {}, None),
-        (F.linear, (5, 32, 3), (2, 3), {}, 5),
-        (F.linear, (2, 32, 600), (600, 600), {}, 1),
-        (F.linear, (32, 5, 3), (2, 3), {"example_dim": 1}, 5),
-        (F.linear, (5, 32, 3), (2, 3), {"dtype": torch.bfloat16}, None),
+        (F.linear, (5, 63, 3), (2, 3), {}, None),
+        (F.linear, (5, 64, 3), (2, 3), {}, 5),
+        (F.linear, (2, 64, 600), (600, 600), {}, 1),
+        (F.linear, (64, 5, 3), (2, 3), {"example_dim": 1}, 5),
+        (F.linear, (5, 64, 3), (2, 3), {"dtype": torch.bfloat16}, None),
         (F.linear, (100, 3), (2, 3), {}, None),
-        (F.linear, (100, 3), (2, 3), {"group_size": 31}, None),
-        (F.linear, (100, 3), (2, 3), {"group_size": 32}, 4),
-        (torch.matmul, (5, 32, 3), (3, 2), {}, 5),
+        (F.linear, (200, 3), (2, 3), {"group_size": 63}, None),
+        (F.linear, (200, 3), (2, 3), {"group_size": 64}, 4),
+        (torch.matmul, (5, 64, 3), (3, 2), {}, 5),
         (conv, (5, 3, 20, 22), (2, 3, 1, 1), {}, None),
         (conv, (5, 3, 22, 24), (2, 3, 1, 1), {}, 5),
         (F.conv_transpose1d, (5, 3, 128), (3, 2, 1), {}, 5),
@@ -61,7 +61,7 @@ def test_none_under_autocast(made):
     """Its dtype would round the perturbation away."""
     (w,) = weights((2, 3))
     with torch.autocast("cpu", torch.bfloat16):
-        assert F.linear(torch.randn(5, 40, 3), w).dtype == torch.bfloat16
+        assert F.linear(torch.randn(5, 64, 3), w).dtype == torch.bfloat16
     assert not made
 
 
@@ -128,7 +128,7 @@ def test_weights_that_cancel_give_zero(made):
     center = torch.randn(50, 3)
     weight = flip(center * 2, center, center, execution=execution)
     bias = flip(center[:, 0] * 2, center[:, 0], center[:, 0], execution=execution)
-    out = F.linear(torch.randn(20, 40, 3), weight, bias)
+    out = F.linear(torch.randn(20, 64, 3), weight, bias)
     zero = (weight.materialize() == 0).all(-1) & (bias.materialize() == 0)
     assert zero.any()
     assert made
@@ -136,7 +136,7 @@ def test_weights_that_cancel_give_zero(made):
 
 
 def test_saves_nothing_more_of_the_datas_size(made):
-    x, center, delta = torch.randn(50, 40, 30), torch.randn(20, 30), torch.randn(20, 30)
+    x, center, delta = torch.randn(50, 64, 30), torch.randn(20, 30), torch.randn(20, 30)
     leaves = [t.requires_grad_() for t in (x, center, delta)]
     saved = {}
 
