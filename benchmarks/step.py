@@ -68,6 +68,14 @@ class Transformer(nn.Module):
         return self.output(self.encoder(x).mean(1))
 
 
+def wide():
+    """So wide that a GPU is busy with its products."""
+    act = nn.ReLU
+    return nn.Sequential(
+        nn.Linear(1024, 4096), act(), nn.Linear(4096, 4096), act(), nn.Linear(4096, 10)
+    )
+
+
 class Net:
     """A network, the shape of an example, its classes and the batch sizes worth running.
 
@@ -93,6 +101,7 @@ NETS = {
     "convle": Net(lambda: convle(28), (28, 28), [32, 128, 1024]),
     "lstm": Net(CharLSTM, (100, 512), [32, 128], (100,), 65, peer=False),
     "transformer": Net(Transformer, (32, 128), [32, 128, 1024], peer=False),
+    "wide": Net(wide, (1024,), [1024, 8192]),
     "tiny": Net(tiny, (8,), [1]),
 }
 
@@ -308,7 +317,7 @@ def draw(name, found, path):
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--nets", nargs="+", default=list(NETS)[:4], choices=list(NETS))
     parser.add_argument("--estimators", nargs="+", choices=list(ESTIMATORS))
     parser.add_argument("--sizes", type=int, nargs="+", help="default: those that suit the net")
     parser.add_argument("--rounds", type=int, default=15)

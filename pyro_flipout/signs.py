@@ -137,7 +137,8 @@ class Signs:
         groups = -(-num_examples // group_size)
         # A few examples have all their signs in `low`, which takes fewer calls.
         few = num_examples <= len(_TABLE)
-        low_bits = code_bits(groups) - 1 if few else _LOW_BITS - (group_size - 1).bit_length()
+        own_bits = _LOW_BITS if codes.device.type == "cpu" else _LOW_BITS_GPU
+        low_bits = code_bits(groups) - 1 if few else own_bits - (group_size - 1).bit_length()
         low_bits = max(low_bits, 0)
         self.block = group_size << low_bits
         low = _looked_up(codes, min(1 << low_bits, groups), dtype)
@@ -297,6 +298,7 @@ class Signs:
 
 
 _LOW_BITS = 5
+_LOW_BITS_GPU = 7  # as many as the table has: few calls count there, not the cache
 _BLOCKS = 16
 """Blocks of examples whose products fit in a cache."""
 
@@ -307,10 +309,11 @@ def _repeated(low: Tensor, times: int) -> Tensor:
 
 
 def _looked_up(codes: Tensor, num_examples: int, dtype: torch.dtype) -> Tensor:
-    """:func:`dense_signs` of flat codes, in a tenth of the calls for a few examples on the CPU."""
-    if codes.device.type != "cpu" or num_examples > len(_TABLE):
+    """:func:`dense_signs` of flat codes, in a tenth of the calls for a few examples."""
+    if num_examples > len(_TABLE):
         return dense_signs(codes, num_examples, dtype)
-    return _TABLE[:num_examples].to(dtype).index_select(1, codes & 255)
+    table = _TABLE if codes.device.type == "cpu" else _table_on(codes.device)
+    return table[:num_examples].to(dtype).index_select(1, codes & 255)
 
 
 class _Flip(torch.autograd.Function):
@@ -374,4 +377,15 @@ def _bit_range(bits: int, codes: Tensor) -> Tensor:
 
 # The signs of 128 examples for all codes of 8 bits. It is made here and not when first needed,
 # which may be inside a transform of torch.func, or where tensors are fake.
-_TABLE = dense_signs(torch.arange(256, dtype=torch.int32), 128, torch.float)
+_TABLE = dense_signs(torch.arange(256, dtype=torch.int32, device="cpu"), 128, torch.float)
+_TABLES: dict[torch.device, Tensor] = {}
+
+
+def _table_on(device: torch.device) -> Tensor:
+    """The table on another device, copied there once."""
+    table = _TABLES.get(device)
+    if table is None:
+        table = _TABLE.to(device)
+        if type(table) is Tensor and not transformed():  # else of no use outside
+            _TABLES[device] = table
+    return table

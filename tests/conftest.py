@@ -9,6 +9,15 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", help="where tensors are made: pytest tests/rules --device cuda")
+
+
+def pytest_configure(config):
+    if config.getoption("--device"):
+        torch.set_default_device(config.getoption("--device"))
+
+
 @pytest.fixture(autouse=True)
 def _fresh_pyro():
     pyro.clear_param_store()

@@ -29,7 +29,7 @@ def possible(x: Tensor) -> bool:
     return x.is_cuda or _INTERPRETER
 
 
-def available(x: Tensor, center: Tensor, delta: Tensor, bias: Tensor | None = None) -> bool:
+def available(x: Tensor, center: Tensor, delta: Tensor, *biases: Tensor | None) -> bool:
     """Whether :func:`flipped_linear` should compute a flipped linear product.
 
     The environment variable ``PYRO_FLIPOUT_TRITON`` decides: ``0`` never; ``1`` wherever the
@@ -49,7 +49,7 @@ def available(x: Tensor, center: Tensor, delta: Tensor, bias: Tensor | None = No
     :param x: data, shape ``(*, K)``.
     :param center: shape ``(O, K)``.
     :param delta: shape ``(O, K)``.
-    :param bias: shape ``(O,)``.
+    :param biases: each of shape ``(O,)`` or None.
     :raises ValueError: if the variable has another value.
     :raises ImportError: if it is ``1``, the data are on a GPU and Triton is not installed.
     """
@@ -58,8 +58,8 @@ def available(x: Tensor, center: Tensor, delta: Tensor, bias: Tensor | None = No
     mode = os.environ.get(_VARIABLE, "auto")
     if mode not in ("0", "1", "auto"):
         raise ValueError(f"{_VARIABLE} is {mode!r}, expected 0, 1 or auto")
-    tensors = [t for t in (x, center, delta, bias) if t is not None]
-    if mode == "0" or _transformed() or not _plain(tensors) or not _fit(x, center, delta, bias):
+    tensors = [t for t in (x, center, delta, *biases) if t is not None]
+    if mode == "0" or _transformed() or not _plain(tensors) or not _fit(*tensors):
         return False
     if not _installed():
         if mode == "1" and x.is_cuda:
@@ -105,13 +105,13 @@ def _plain(tensors: list[Tensor]) -> bool:
     )
 
 
-def _fit(x: Tensor, center: Tensor, delta: Tensor, bias: Tensor | None) -> bool:
+def _fit(x: Tensor, center: Tensor, delta: Tensor, *biases: Tensor) -> bool:
     return (
         x.dim() > 1
         and center.dim() == 2
         and delta.shape == center.shape
         and x.shape[-1] == center.shape[1]
-        and (bias is None or bias.shape == center.shape[:1])
+        and all(bias.shape == center.shape[:1] for bias in biases)
         and x.numel() > 0
         and center.numel() > 0
     )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -20,35 +21,52 @@ class Flips(NamedTuple):
 
     :ivar into_data: codes of the data's columns, or None.
     :ivar into_out: codes of the output's columns, or None.
+    :ivar of_bias: codes of the bias, which are those of columns of the output too, or None.
     :ivar examples: the number N of examples.
-    :ivar rows_each: row ``m`` belongs to example ``m // rows_each % examples``.
+    :ivar rows_each: row ``m`` belongs to example ``n = m // rows_each % examples``.
+    :ivar group_size: examples with the same ``n // group_size`` have their signs in common.
     """
 
     into_data: Tensor | None
     into_out: Tensor | None
+    of_bias: Tensor | None
     examples: int
     rows_each: int
+    group_size: int = 1
 
     def reversed(self) -> Flips:
         """Those of the product that takes the output's gradient to the data's."""
         return self._replace(into_data=self.into_out, into_out=self.into_data)
 
-    def arguments(self) -> dict[str, Any]:
-        """What the kernels need to know."""
-        bits = code_bits(self.examples)
+    def rows(self) -> dict[str, int]:
+        """What tells the kernels the signs of a row from codes."""
+        bits = code_bits(-(-self.examples // self.group_size))
         return {
-            "in_codes": self.into_data,
-            "out_codes": self.into_out,
             "rows_each": self.rows_each,
             "examples": self.examples,
-            "HAS_IN": self.into_data is not None,
-            "HAS_OUT": self.into_out is not None,
+            "group_size": self.group_size,
             "BITS": 8 if bits <= 8 else 16 if bits <= 16 else 32,
         }
 
+    def arguments(self) -> dict[str, Any]:
+        """What the kernels of products need to know."""
+        return self.rows() | {
+            "in_codes": self.into_data,
+            "out_codes": self.into_out,
+            "HAS_IN": self.into_data is not None,
+            "HAS_OUT": self.into_out is not None,
+        }
 
-def product(x: Tensor, center: Tensor, delta: Tensor, bias: Tensor | None, flips: Flips) -> Tensor:
-    """``x centerᵀ + bias + R ∘ ((x ∘ S) deltaᵀ)`` of rows ``x`` (M, K): shape (M, O)."""
+
+def product(
+    x: Tensor,
+    center: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    bias_delta: Tensor | None,
+    flips: Flips,
+) -> Tensor:
+    """``x centerᵀ + R ∘ ((x ∘ S) deltaᵀ)`` and biases, of rows ``x`` (M, K): shape (M, O)."""
     (m, k), o = x.shape, len(center)
     out = x.new_empty(m, o)
 
@@ -61,8 +79,9 @@ def product(x: Tensor, center: Tensor, delta: Tensor, bias: Tensor | None, flips
     arguments |= dict(zip(names, strides, strict=True))
     with _on_device(x):
         _triton.product[grid](
-            x=x, center=center, delta=delta, bias=bias, out=out, HAS_BIAS=bias is not None,
-            **arguments,
+            x=x, center=center, delta=delta, bias=bias, bias_delta=bias_delta, out=out,
+            bias_codes=flips.of_bias, HAS_BIAS=bias is not None,
+            HAS_BIAS_DELTA=bias_delta is not None, **arguments,
         )  # fmt: skip
     return out
 
@@ -92,20 +111,45 @@ def weight_grads(
     return _total(center, x.dtype), _total(delta, x.dtype)
 
 
+def bias_grads(
+    grad: Tensor, flips: Flips, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The sums over the rows of ``grad`` (M, O) and of ``T ∘ grad``."""
+    m, o = grad.shape
+    blocks = {"BM": 16, "BO": 16} if _triton.INTERPRETED else {"BM": 32, "BO": 64}
+    rows_per_split = _split(grad, m, -(-o // blocks["BO"]), 4 * blocks["BM"])
+    splits = -(-m // rows_per_split)
+    accumulator = _accumulator(grad.dtype)
+    center, delta = (grad.new_empty(splits, o, dtype=accumulator) if n else None for n in need)
+    with _on_device(grad):
+        _triton.bias_grads[(-(-o // blocks["BO"]), splits)](
+            grad, center, delta, flips.of_bias, m, o, rows_per_split=rows_per_split,
+            g_m=grad.stride(0), g_o=grad.stride(1), CENTER=need[0], DELTA=need[1],
+            ACC=_triton.DTYPES[accumulator], **flips.rows(), **blocks,
+        )  # fmt: skip
+    return _total(center, grad.dtype), _total(delta, grad.dtype)
+
+
 def _total(parts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if parts is None:
         return None
-    return parts[0] if len(parts) == 1 else parts.sum(0).to(dtype)
+    return (parts[0] if len(parts) == 1 else parts.sum(0)).to(dtype)
 
 
 def _rows_per_split(x: Tensor, m: int, k: int, o: int) -> int:
-    """Rows that one program sums over, so few weights still keep every processor busy."""
-    block, processors = (16, 4) if _triton.INTERPRETED else (64, _processors(x.device))
-    programs = -(-k // block) * -(-o // block)
-    splits = min(max(2 * processors // programs, 1), -(-m // (4 * block)))
-    return -(-m // (splits * block)) * block
+    block = 16 if _triton.INTERPRETED else 64
+    return _split(x, m, -(-k // block) * -(-o // block), 4 * block)
 
 
+def _split(x: Tensor, m: int, programs: int, least: int) -> int:
+    """Rows that one program sums over, so few programs still keep every processor busy."""
+    processors = 4 if _triton.INTERPRETED else _processors(x.device)
+    splits = min(max(2 * processors // programs, 1), -(-m // least))
+    multiple = least // 4
+    return -(-m // (splits * multiple)) * multiple
+
+
+@functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 

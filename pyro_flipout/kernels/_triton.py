@@ -6,10 +6,10 @@
 
 r"""The Triton kernels of the flipped linear product; import this module only if Triton is there.
 
-Row ``m`` of the data belongs to example ``n = m // rows_each % examples``, which has the odd
-integer ``2n + 1``. A sign is the parity of the bits that this integer shares with a code (see
-:mod:`pyro_flipout.signs`), so it is formed in registers where the data are, and flips their
-sign bit.
+Row ``m`` of the data belongs to group ``n = m // rows_each % examples // group_size`` of the
+examples, which has the odd integer ``2n + 1``. A sign is the parity of the bits that this integer
+shares with a code (see :mod:`pyro_flipout.signs`), so it is formed in registers where the data
+are, and flips their sign bit.
 """
 
 import torch
@@ -46,28 +46,32 @@ def _flip(x, odd, codes, BITS: tl.constexpr):
 
 
 @triton.jit
-def _odd_integers(rows, rows_each, examples):
-    """The odd integers of the examples to which ``rows`` belong."""
-    return 2 * (rows // rows_each % examples) + 1
+def _odd_integers(rows, rows_each, examples, group_size):
+    """The odd integers of the groups of examples to which ``rows`` belong."""
+    return 2 * (rows // rows_each % examples // group_size) + 1
 
 
 @triton.jit
 def _product(
-    x, center, delta, bias, out, in_codes, out_codes,
-    M, K, OUT, bucket, rows_each, examples,
+    x, center, delta, bias, bias_delta, out, in_codes, out_codes, bias_codes,
+    M, K, OUT, bucket, rows_each, examples, group_size,
     x_m, x_k, c_o, c_k, d_o, d_k, out_m,
-    HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, BITS: tl.constexpr,
+    HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_BIAS_DELTA: tl.constexpr, BITS: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``out = x centerᵀ + bias + R ∘ ((x ∘ S) deltaᵀ)``: x (M, K), weights (O, K), out (M, O)."""
+    """``out = x centerᵀ + R ∘ ((x ∘ S) deltaᵀ) + bias + T ∘ bias_delta``.
+
+    x (M, K), weights (O, K), biases (O,), out (M, O).
+    """
     # Programs that run together share tiles of x and of the weights in the second-level cache.
     pid, across = tl.program_id(0), tl.cdiv(OUT, BO)
     first = pid // (GROUP * across) * GROUP
     group = min(tl.cdiv(M, BM) - first, GROUP)
     m = (first + pid % (GROUP * across) % group) * BM + tl.arange(0, BM)
     o = pid % (GROUP * across) // group * BO + tl.arange(0, BO)
-    odd = _odd_integers(m, rows_each, examples)
+    odd = _odd_integers(m, rows_each, examples, group_size)
     x_rows = x + m.to(tl.int64)[:, None] * x_m
     c_rows, d_rows = center + o.to(tl.int64)[None, :] * c_o, delta + o.to(tl.int64)[None, :] * d_o
     plain, flipped = tl.zeros((BM, BO), ACC), tl.zeros((BM, BO), ACC)
@@ -89,6 +93,10 @@ def _product(
     plain += flipped
     if HAS_BIAS:
         plain += tl.load(bias + o, o < OUT, 0.0).to(ACC)[None, :]
+    if HAS_BIAS_DELTA:
+        beta = tl.load(bias_delta + o, o < OUT, 0.0).to(ACC)[None, :]
+        own = tl.load(bias_codes + o, o < OUT, 0)
+        plain += _flip(tl.broadcast_to(beta, (BM, BO)), odd, own, BITS)
     where = out + m.to(tl.int64)[:, None] * out_m + o[None, :]
     tl.store(where, plain.to(out.dtype.element_ty), (m[:, None] < M) & (o[None, :] < OUT))
 
@@ -96,7 +104,7 @@ def _product(
 @triton.jit
 def _weight_grads(
     grad, x, grad_center, grad_delta, in_codes, out_codes,
-    M, K, OUT, bucket, rows_each, examples, rows_per_split,
+    M, K, OUT, bucket, rows_each, examples, group_size, rows_per_split,
     g_m, g_o, x_m, x_k,
     HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, CENTER: tl.constexpr, DELTA: tl.constexpr,
     BITS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
@@ -121,7 +129,7 @@ def _weight_grads(
         t = tl.load(x + rows * x_m + k[None, :] * x_k, inside & (k[None, :] < K), 0.0)
         turned_g, turned_t = g, t
         if DELTA:
-            odd = _odd_integers(m, rows_each, examples)
+            odd = _odd_integers(m, rows_each, examples, group_size)
             if HAS_OUT:
                 turned_g = _flip(g, odd, codes_out, BITS)
             if HAS_IN:
@@ -141,6 +149,34 @@ def _weight_grads(
         tl.store(grad_center + to, plain.to(grad_center.dtype.element_ty), inside)
     if DELTA:
         tl.store(grad_delta + to, flipped.to(grad_delta.dtype.element_ty), inside)
+
+
+@triton.jit
+def bias_grads(
+    grad, grad_bias, grad_bias_delta, bias_codes,
+    M, OUT, rows_each, examples, group_size, rows_per_split, g_m, g_o,
+    CENTER: tl.constexpr, DELTA: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr,
+    BM: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """The sums of ``grad`` and of ``T ∘ grad``, each (splits, O), over the rows of a split."""
+    o, split = tl.program_id(0) * BO + tl.arange(0, BO), tl.program_id(1)
+    stop = min((split + 1) * rows_per_split, M)
+    if DELTA:
+        codes = tl.load(bias_codes + o, o < OUT, 0)
+    plain, flipped = tl.zeros((BM, BO), ACC), tl.zeros((BM, BO), ACC)
+    for start in range(split * rows_per_split, stop, BM):
+        m = start + tl.arange(0, BM)
+        inside = (m[:, None] < stop) & (o[None, :] < OUT)
+        g = tl.load(grad + m.to(tl.int64)[:, None] * g_m + o[None, :] * g_o, inside, 0.0).to(ACC)
+        if CENTER:
+            plain += g
+        if DELTA:
+            flipped += _flip(g, _odd_integers(m, rows_each, examples, group_size), codes, BITS)
+    to = split * OUT + o
+    if CENTER:
+        tl.store(grad_bias + to, tl.sum(plain, 0), o < OUT)
+    if DELTA:
+        tl.store(grad_bias_delta + to, tl.sum(flipped, 0), o < OUT)
 
 
 INTERPRETED = not isinstance(_product, triton.JITFunction)

@@ -3,11 +3,12 @@
 
 r"""The flipped linear product with both of its products in one Triton kernel.
 
-.. math:: Y = X \bar W^\top + b + R \circ \bigl((X \circ S) \Delta W^\top\bigr)
+.. math:: Y = X \bar W^\top + R \circ \bigl((X \circ S) \Delta W^\top\bigr) + b + T \circ \beta
 
 (Wen et al. 2018, eq. 4). Every tile of the data is read once for both products, its signs are
-formed in registers from integer codes, and R and the bias are applied before the output is
-written once. Neither signs nor flipped data ever reach memory.
+formed in registers from integer codes, and R and the bias, with a perturbation and signs of its
+own or without, are applied before the output is written once. Neither signs nor flipped data ever
+reach memory.
 
 Import this module only where Triton is installed; :func:`pyro_flipout.kernels.flipped_linear`
 does so when it is called.
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from pyro_flipout._modes import autocast
 from pyro_flipout.kernels import _triton
-from pyro_flipout.kernels._launch import Flips, product, weight_grads
+from pyro_flipout.kernels._launch import Flips, bias_grads, product, weight_grads
 from pyro_flipout.signs import Signs, flip_signs
 
 __all__ = ["flipped_linear"]
@@ -38,8 +39,13 @@ def flipped_linear(
     into_data: Tensor | None,
     into_out: Tensor | None,
     example_dim: int = 0,
+    bias_delta: Tensor | None = None,
+    of_bias: Tensor | None = None,
+    group_size: int = 1,
 ) -> Tensor:
-    """``x centerᵀ + bias + R ∘ ((x ∘ S) deltaᵀ)`` in one kernel, with kernels for its gradients.
+    """``x centerᵀ + R ∘ ((x ∘ S) deltaᵀ) + bias + T ∘ bias_delta`` in one kernel.
+
+    So are its gradients.
 
     For backward it saves ``x``, the weights and the codes. Under autocast the arguments are
     cast as for a matrix product. Gradients that are to be differentiated again
@@ -49,25 +55,35 @@ def flipped_linear(
         the signs of their example.
     :param center: shape ``(O, K)``.
     :param delta: perturbation, shape ``(O, K)``.
-    :param bias: shape ``(O,)``.
+    :param bias: shape ``(O,)``, the centre of a bias that is flipped too.
     :param into_data: ``int32`` codes of the weight's columns, shape ``(K,)`` or ``(1,)``; see
         :mod:`pyro_flipout.signs`. No signs S if None.
     :param into_out: ``int32`` codes of the weight's rows, shape ``(O,)`` or ``(1,)``. No signs
         R if None.
     :param example_dim: dimension of ``x`` that counts the examples, not negative.
+    :param bias_delta: perturbation of the bias, shape ``(O,)``; needs ``of_bias``.
+    :param of_bias: ``int32`` codes of the bias, shape ``(O,)`` or ``(1,)``.
+    :param group_size: how many neighbouring examples have their signs in common.
     :returns: shape ``(*, O)``.
     :raises ValueError: if shapes, dtypes or devices do not fit.
     """
-    x, center, delta, bias = autocast(x, center, delta, bias)
-    _check(x, center, delta, bias, example_dim)
+    x, center, delta, bias, bias_delta = autocast(x, center, delta, bias, bias_delta)
+    _check(x, center, delta, bias, bias_delta, example_dim)
+    if (bias_delta is None) != (of_bias is None) or group_size < 1:
+        raise ValueError(
+            f"flipped_linear: got bias_delta {_shape(bias_delta)}, of_bias {_shape(of_bias)} and "
+            f"group_size {group_size}, expected the first two together and groups of at least 1"
+        )
     lead = x.shape[:-1]
     flips = Flips(
         _codes(into_data, x.shape[-1], "into_data"),
         _codes(into_out, len(center), "into_out"),
+        _codes(of_bias, len(center), "of_bias"),
         lead[example_dim],
         math.prod(lead[example_dim + 1 :]),
+        group_size,
     )
-    return _apply(x, center, delta, bias, flips, example_dim)  # type: ignore[no-any-return]
+    return _apply(x, center, delta, bias, bias_delta, flips, example_dim)  # type: ignore[no-any-return]
 
 
 class _FlippedLinear(torch.autograd.Function):
@@ -80,6 +96,7 @@ class _FlippedLinear(torch.autograd.Function):
         center: Tensor,
         delta: Tensor,
         bias: Tensor | None,
+        bias_delta: Tensor | None,
         flips: Flips,
         example_dim: int,
     ) -> Tensor:
@@ -88,17 +105,20 @@ class _FlippedLinear(torch.autograd.Function):
         ctx.save_for_backward(x if need_center or need_delta else None, *weights)
         ctx.flips, ctx.example_dim = flips, example_dim
         rows = x.reshape(-1, x.shape[-1])
-        return product(rows, center, delta, bias, flips).reshape(*x.shape[:-1], len(center))
+        out = product(rows, center, delta, bias, bias_delta, flips)
+        return out.reshape(*x.shape[:-1], len(center))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, center, delta = ctx.saved_tensors
         need = ctx.needs_input_grad[:3]
-        grads = _differentiable if torch.is_grad_enabled() else _fused_grads
+        again = torch.is_grad_enabled()  # the gradients are to be differentiated
+        grads = _differentiable if again else _fused_grads
+        grads_of_bias = _differentiable_of_bias if again else _fused_of_bias
         with torch.autocast(grad.device.type, enabled=False):
             found = grads(grad, x, center, delta, ctx.flips, ctx.example_dim, need)
-            grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
-        return *found, grad_bias, None, None
+            biases = grads_of_bias(grad, ctx.flips, ctx.example_dim, ctx.needs_input_grad[3:5])
+        return *found, *biases, None, None
 
 
 _apply: Callable[..., Any] = _FlippedLinear.apply
@@ -118,11 +138,20 @@ def _fused_grads(
 ) -> _Grads:
     rows, grad_x = grad.reshape(-1, grad.shape[-1]), None
     if center is not None and delta is not None:
-        flat = product(rows, center.t(), delta.t(), None, flips.reversed())
+        flat = product(rows, center.t(), delta.t(), None, None, flips.reversed())
         grad_x = flat.reshape(*grad.shape[:-1], center.shape[1])
     if x is None:
         return grad_x, None, None
     return grad_x, *weight_grads(rows, x.reshape(-1, x.shape[-1]), flips, need[1:])
+
+
+def _fused_of_bias(
+    grad: Tensor, flips: Flips, example_dim: int, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    rows = grad.reshape(-1, grad.shape[-1])
+    if need[1]:
+        return bias_grads(rows, flips, need)
+    return rows.sum(0) if need[0] else None, None
 
 
 def _differentiable(
@@ -137,9 +166,7 @@ def _differentiable(
     """The same by library calls, of which autograd knows the derivatives."""
 
     def flip(t: Tensor, codes: Tensor | None) -> Tensor:
-        if codes is None:
-            return t
-        return flip_signs(t, Signs(codes, flips.examples, t.dtype), example_dim, t.dim() - 1)
+        return _flip(t, codes, flips, example_dim)
 
     turned = flip(grad, flips.into_out)
     grad_x = grad_center = grad_delta = None
@@ -152,7 +179,28 @@ def _differentiable(
     return grad_x, grad_center, grad_delta
 
 
+def _differentiable_of_bias(
+    grad: Tensor, flips: Flips, example_dim: int, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    turned = _flip(grad, flips.of_bias, flips, example_dim) if need[1] else None
+    return (
+        grad.flatten(0, -2).sum(0) if need[0] else None,
+        None if turned is None else turned.flatten(0, -2).sum(0),
+    )
+
+
+def _flip(t: Tensor, codes: Tensor | None, flips: Flips, example_dim: int) -> Tensor:
+    if codes is None:
+        return t
+    signs = Signs(codes, flips.examples, t.dtype, flips.group_size)
+    return flip_signs(t, signs, example_dim, t.dim() - 1)
+
+
 # -------------------------------------------------------------------- arguments
+
+
+def _shape(t: Tensor | None) -> tuple[int, ...] | None:
+    return None if t is None else tuple(t.shape)
 
 
 def _codes(codes: Tensor | None, size: int, name: str) -> Tensor | None:
@@ -166,8 +214,15 @@ def _codes(codes: Tensor | None, size: int, name: str) -> Tensor | None:
     return codes.expand(size).contiguous()
 
 
-def _check(x: Tensor, center: Tensor, delta: Tensor, bias: Tensor | None, example_dim: int) -> None:
-    tensors = {"x": x, "center": center, "delta": delta, "bias": bias}
+def _check(
+    x: Tensor,
+    center: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    bias_delta: Tensor | None,
+    example_dim: int,
+) -> None:
+    tensors = {"x": x, "center": center, "delta": delta, "bias": bias, "bias_delta": bias_delta}
     shapes = {name: tuple(t.shape) for name, t in tensors.items() if t is not None}
     if len({(t.dtype, t.device) for t in tensors.values() if t is not None}) > 1:
         found = {name: (t.dtype, t.device) for name, t in tensors.items() if t is not None}
@@ -178,10 +233,11 @@ def _check(x: Tensor, center: Tensor, delta: Tensor, bias: Tensor | None, exampl
         )
     sizes = tuple(center.shape)
     fits = len(sizes) == 2 and shapes["delta"] == sizes and shapes["x"][-1:] == sizes[1:]
-    if not fits or shapes.get("bias", sizes[:1]) != sizes[:1] or 0 in (*x.shape, *sizes):
+    biases = [shapes[name] for name in ("bias", "bias_delta") if name in shapes]
+    if not fits or any(b != sizes[:1] for b in biases) or 0 in (*x.shape, *sizes):
         raise ValueError(
             f"flipped_linear: got shapes {shapes}, expected x (*, K), center and delta (O, K) and "
-            "bias (O,), none of them empty"
+            "bias and bias_delta (O,), none of them empty"
         )
     if not 0 <= example_dim < x.dim() - 1:
         raise ValueError(

@@ -145,18 +145,35 @@ def _take_bias(
     bias: Tensor | None, weight: FlipoutTensor, kernel: Kernel, data: Tensor, example_dim: int
 ) -> Bias | None:
     """A bias apart, or ``None`` if it is one that the fused product cannot add."""
+    parts, dim = bias_parts(bias, weight), _bias_dim(kernel, data)
+    if parts is None:
+        return None
+    center, delta, codes = parts
+    if codes is None:
+        return center, None, None
+    if dim == example_dim:
+        return None
+    return center, delta, (weight.execution.factored_signs(codes, data.dtype), example_dim, dim)
+
+
+def bias_parts(
+    bias: Tensor | None, weight: FlipoutTensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+    """Centre, perturbation and codes of a bias, ``None`` if it has more than these.
+
+    A bias that is not flipped is its own centre, without the others.
+    """
     if not isinstance(bias, FlipoutTensor):
         return bias, None, None
-    execution, terms = weight.execution, bias.terms
-    if bias.dim() != 1 or bias.execution is not execution or len(terms) > 1:
+    terms = bias.terms
+    if bias.dim() != 1 or bias.execution is not weight.execution or len(terms) > 1:
         return None
     if not terms:
         return bias.center, None, None
-    codes, dim = terms[0].codes, _bias_dim(kernel, data)
-    if len(codes) != 1 or codes[0].shape != bias.shape or dim == example_dim:
+    codes = terms[0].codes
+    if len(codes) != 1 or codes[0].shape != bias.shape:
         return None
-    signs = execution.factored_signs(codes[0], data.dtype)
-    return bias.center, terms[0].delta, (signs, example_dim, dim)
+    return bias.center, terms[0].delta, codes[0]
 
 
 def _bias_dim(kernel: Kernel, like: Tensor) -> int:

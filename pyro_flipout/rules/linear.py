@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_flipout import kernels
 from pyro_flipout.rules._kernel import Kernel
-from pyro_flipout.rules._product import _route, find_examples, flipped_product, plain
+from pyro_flipout.rules._product import _route, bias_parts, find_examples, flipped_product, plain
 from pyro_flipout.rules.contraction import contract
 from pyro_flipout.tensor import Execution, FlipoutTensor, NoRule, implements
 
@@ -44,10 +44,9 @@ def linear(op: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Any =
         return out if bias is None else torch.add(out, bias)
     if bias is not None and bias.dim() != 1:
         return torch.add(linear(op, input, weight), bias)
-    fused = None if isinstance(bias, FlipoutTensor) else bias
-    in_one = _in_one_kernel(weight, input, fused, dim)
+    in_one = _in_one_kernel(weight, input, bias, dim)
     if in_one is not None:
-        return in_one if bias is fused else torch.add(in_one, bias)
+        return in_one
     return flipped_product(
         weight, input, op, {in_dim: last}, out_dims, dim, kernel=LINEAR, bias=bias
     )
@@ -57,18 +56,22 @@ def _in_one_kernel(
     weight: FlipoutTensor, input: Tensor, bias: Tensor | None, dim: int
 ) -> Tensor | None:
     """The product in one fused GPU kernel, ``None`` where library calls should compute it."""
-    # Other executions, and groups, number the examples in their own way.
     execution = weight.execution
-    own = execution.group_size == 1 and type(execution) is Execution
-    if not own or not kernels.possible(input):
+    # Other executions number the examples in their own way.
+    if type(execution) is not Execution or not kernels.possible(input):
         return None
     center, terms, last = weight.center, weight.terms, input.dim() - 1
-    if len(terms) != 1 or not kernels.available(input, center, terms[0].delta, bias):
+    parts = bias_parts(bias, weight)
+    rest = bias if parts is None else None
+    fixed, beta, of_bias = parts or (None, None, None)
+    if len(terms) != 1 or not kernels.available(input, center, terms[0].delta, fixed, beta):
         return None
     into_data, into_out = (c.get(last) for c in _route(terms[0], {1: last}, {0: last}))
-    return kernels.flipped_linear(
-        input, center, terms[0].delta, bias, into_data, into_out, example_dim=dim
-    )
+    out = kernels.flipped_linear(
+        input, center, terms[0].delta, fixed, into_data, into_out, example_dim=dim,
+        bias_delta=beta, of_bias=of_bias, group_size=execution.group_size,
+    )  # fmt: skip
+    return out if rest is None else torch.add(out, rest)
 
 
 def _linear_backward(

@@ -27,7 +27,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def launches(monkeypatch):
     """Names of the kernels that ran."""
     names = []
-    for name in ("product", "weight_grads"):
+    for name in ("product", "weight_grads", "bias_grads"):
 
         def spy(*args, _name=name, _kernel=getattr(triton_linear, name), **kwargs):
             names.append(_name)
@@ -41,9 +41,10 @@ def data(*shape, dtype=DTYPE):
     return torch.randn(shape, device=DEVICE, dtype=dtype).requires_grad_()
 
 
-def weight(*shape, dtype=DTYPE, example_dim=0, execution=None):
+def weight(*shape, dtype=DTYPE, example_dim=0, execution=None, group_size=1):
     center, delta = data(*shape, dtype=dtype), data(*shape, dtype=dtype)
-    return flip(center + delta, center, delta, execution=execution or Execution(example_dim))
+    execution = execution or Execution(example_dim, group_size=group_size)
+    return flip(center + delta, center, delta, execution=execution)
 
 
 SHAPES = {  # data, weight, example_dim; blocks of the interpreter are 16 x 16 x 16
@@ -83,9 +84,33 @@ def test_one_example_needs_no_kernel(launches):
     assert launches == []
 
 
-def test_flipped_bias(launches):
+BIASED = ["product", "product", "weight_grads", "bias_grads"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_flipped_bias(name, launches):
+    x, shape, dim = SHAPES[name]
+    w = weight(*shape, example_dim=dim)
+    bias = weight(shape[0], execution=w.execution)
+    check_rule(F.linear, data(*x), w, bias, example_dim=dim, tol=TOL)
+    assert launches == BIASED
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+@pytest.mark.parametrize("name", SHAPES)
+def test_groups(name, size, launches):
+    x, shape, dim = SHAPES[name]
+    w = weight(*shape, example_dim=dim, group_size=size)
+    bias = weight(shape[0], execution=w.execution)
+    check_rule(F.linear, data(*x), w, bias, example_dim=dim, tol=TOL)
+    assert launches == ([] if x[dim] <= size else BIASED)
+
+
+def test_bias_that_is_added_apart(launches):
+    """A bias with signs of more than one kind, and one of another dtype."""
     w = weight(2, 3)
-    check_rule(F.linear, data(4, 5, 3), w, weight(2, execution=w.execution), tol=TOL)
+    both = weight(2, execution=w.execution) + weight(2, execution=w.execution)
+    check_rule(F.linear, data(4, 3), w, both, tol=TOL)
     assert launches == ["product", "product", "weight_grads"]
 
 
@@ -131,8 +156,9 @@ def test_signs(bits, dtype):
 
 @pytest.mark.parametrize("examples", [1, 128, 129, 2**15, 2**15 + 1, MAX_EXAMPLES])
 def test_enough_bits(examples):
-    found = Flips(None, None, examples, 1).arguments()["BITS"]
+    found = Flips(None, None, None, examples, 1).arguments()["BITS"]
     assert code_bits(examples) <= found <= max(2 * code_bits(examples), 8)
+    assert Flips(None, None, None, 2 * examples, 1, 2).arguments()["BITS"] == found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,19 +198,23 @@ def test_autocast(launches):
 def product(shape, dtype=DTYPE):
     """A function of data, centre, perturbation and bias, with fixed signs."""
     execution = Execution()
-    draw = Draw("w", torch.empty(shape, device=DEVICE), execution)
+    draws = [
+        Draw(n, torch.empty(s, device=DEVICE), execution) for n, s in ((0, shape), (1, shape[:1]))
+    ]
 
-    def fn(x, center, delta, bias):
-        term = Term(delta, (draw,))
-        w = FlipoutTensor.build(center + delta, center, (term,), execution)
-        return F.linear(x, w, bias)
+    def flipped(draw, center, delta):
+        return FlipoutTensor.build(center + delta, center, (Term(delta, (draw,)),), execution)
+
+    def fn(x, center, delta, bias, beta=None):
+        bias = bias if beta is None else flipped(draws[1], bias, beta)
+        return F.linear(x, flipped(draws[0], center, delta), bias)
 
     return fn
 
 
-@pytest.mark.parametrize("frozen", range(4))
+@pytest.mark.parametrize("frozen", range(5))
 def test_only_the_gradients_that_are_needed(frozen, launches):
-    fn, inputs = product((2, 3)), [data(4, 3), data(2, 3), data(2, 3), data(2)]
+    fn, inputs = product((2, 3)), [data(4, 3), data(2, 3), data(2, 3), data(2), data(2)]
     expected = torch.autograd.grad(fn(*inputs).sum(), inputs)
     some = [t.detach().requires_grad_(i != frozen) for i, t in enumerate(inputs)]
     del launches[:]
@@ -209,7 +239,7 @@ def test_saves_no_signs():
 
 def test_second_derivatives(launches, monkeypatch):
     """Gradients that are differentiated again agree with those of the library calls."""
-    fn, inputs = product((2, 3)), [data(4, 2, 3), data(2, 3), data(2, 3), data(2)]
+    fn, inputs = product((2, 3)), [data(4, 2, 3), data(2, 3), data(2, 3), data(2), data(2)]
 
     def penalty():
         out = fn(*inputs)
@@ -267,6 +297,10 @@ def test_auto_is_not_the_interpreter(monkeypatch):
         ({"delta": torch.ones(2, 3).half()}, "one dtype"),
         ({"into_data": torch.ones(2, dtype=torch.int32)}, "into_data are"),
         ({"into_out": torch.ones(2)}, "into_out are"),
+        ({"bias_delta": torch.ones(3), "of_bias": torch.ones(3).int()}, "got shapes"),
+        ({"bias_delta": torch.ones(2), "of_bias": torch.ones(2)}, "of_bias are"),
+        ({"bias_delta": torch.ones(2)}, r"bias_delta \(2,\), of_bias None"),
+        ({"group_size": 0}, "group_size 0"),
         ({"example_dim": 1}, "example_dim is 1"),
     ],
 )
@@ -289,6 +323,10 @@ def wrong_side(arguments):
     arguments["in_codes"], arguments["out_codes"] = arguments["out_codes"], arguments["in_codes"]
 
 
+def no_groups(arguments):
+    arguments["group_size"] = 1
+
+
 def rows_as_examples(arguments):
     arguments["rows_each"], arguments["examples"] = 1, 2**20
 
@@ -302,7 +340,8 @@ def no_signs_in_data(arguments):
 
 
 @pytest.mark.parametrize(
-    "bug", [None, wrong_bit, wrong_side, rows_as_examples, examples_last, no_signs_in_data]
+    "bug",
+    [None, wrong_bit, wrong_side, no_groups, rows_as_examples, examples_last, no_signs_in_data],
 )
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_planted_bug(bug, where, monkeypatch):
@@ -318,7 +357,7 @@ def test_planted_bug(bug, where, monkeypatch):
         return found
 
     monkeypatch.setattr(Flips, "arguments", arguments)
-    x, w = data(6, 3, 8), weight(8, 8)
+    x, w = data(6, 3, 8), weight(8, 8, group_size=2)
     if bug is None:
         check_rule(F.linear, x, w, tol=TOL)
         return

@@ -10,7 +10,7 @@ from pyro_flipout.kernels._triton import _flip, _odd_integers
 @triton.jit
 def _signs(examples, codes, out, BITS: tl.constexpr):
     rows, columns = tl.arange(0, 16), tl.arange(0, 16)
-    odd = _odd_integers(tl.load(examples + rows), 1, 2**31 - 1)
+    odd = _odd_integers(tl.load(examples + rows), 1, 2**31 - 1, 1)
     where = out + rows[:, None] * 16 + columns[None, :]
     tl.store(where, _flip(tl.load(where), odd, tl.load(codes + columns), BITS))
 

@@ -59,19 +59,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from pyro_flipout.kernels import _triton
 
-flags = dict.fromkeys(["HAS_IN", "HAS_OUT", "HAS_BIAS", "CENTER", "DELTA"], True)
+names = ["HAS_IN", "HAS_OUT", "HAS_BIAS", "HAS_BIAS_DELTA", "CENTER", "DELTA"]
+flags = dict.fromkeys(names, True)
 constants = {
     **flags, "UPCAST": False, "BITS": 32, "PRECISION": "ieee", "ACC": _triton.tl.float32,
     **dict.fromkeys(["BM", "BO", "BK"], 32), "GROUP": 8,
     **dict.fromkeys(["x_k", "c_k", "d_k", "g_o"], 1),
 }
-data = ["x", "center", "delta", "bias", "out", "grad", "grad_center", "grad_delta"]
-codes = dict.fromkeys(["in_codes", "out_codes"], "*i32")
+data = ["x", "center", "delta", "bias", "bias_delta", "out", "grad"]
+data += ["grad_center", "grad_delta", "grad_bias", "grad_bias_delta"]
+codes = dict.fromkeys(["in_codes", "out_codes", "bias_codes"], "*i32")
 for kernel, dtype, capability in (
     (_triton.product.fn, "bf16", 80),
     (_triton.product.fn, "fp32", 90),
     (_triton.weight_grads.fn, "fp32", 80),
     (_triton.weight_grads.fn, "fp16", 90),
+    (_triton.bias_grads, "bf16", 90),
 ):
     pointers = dict.fromkeys(data, "*" + dtype) | codes
     names = kernel.arg_names
@@ -94,7 +97,7 @@ def test_compiles_for_gpus(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True", "False", "False", "True"]
+    assert done.stdout.split() == ["True", "False", "False", "True", "False"]
 
 
 # ------------------------------------------------------------------- the choice
