@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_flipout import kernels
 from pyro_flipout._modes import transformed
 
 __all__ = [
@@ -133,38 +134,67 @@ class Signs:
     def __init__(
         self, codes: Tensor, num_examples: int, dtype: torch.dtype, group_size: int = 1
     ) -> None:
-        self.num_examples, self.group_size = num_examples, group_size
+        self.num_examples, self.group_size, self.dtype = num_examples, group_size, dtype
+        self.codes: Tensor | None = codes
+        self.count = codes.numel()
         groups = -(-num_examples // group_size)
         # A few examples have all their signs in `low`, which takes fewer calls.
         few = num_examples <= len(_TABLE)
         own_bits = _LOW_BITS if codes.device.type == "cpu" else _LOW_BITS_GPU
         low_bits = code_bits(groups) - 1 if few else own_bits - (group_size - 1).bit_length()
-        low_bits = max(low_bits, 0)
-        self.block = group_size << low_bits
-        low = _looked_up(codes, min(1 << low_bits, groups), dtype)
-        if group_size > 1 and len(low) > 1:
-            low = _repeated(low, group_size)[:num_examples]
-        self.low = low  # (B, d), or (1, d) where all examples of a block are of one group
-        high = -(-num_examples // self.block)
-        self.high = (  # (ceil(N / B), d)
+        self._low_bits = max(low_bits, 0)
+        self.block = group_size << self._low_bits
+        if not kernels.possible(codes):
+            self._make(codes)
+
+    low: Tensor
+    """Shape ``(B, d)``, or ``(1, d)`` where all examples of a block are of one group."""
+
+    high: Tensor | None
+    """Shape ``(ceil(N / B), d)``."""
+
+    def _make(self, codes: Tensor) -> None:
+        groups = -(-self.num_examples // self.group_size)
+        low = _looked_up(codes, min(1 << self._low_bits, groups), self.dtype)
+        if self.group_size > 1 and len(low) > 1:
+            low = _repeated(low, self.group_size)[: self.num_examples]
+        high = -(-self.num_examples // self.block)
+        self.low = low
+        self.high = (
             # The lowest bit of every a_n is 1: its flip is in `low` already.
-            _looked_up((codes >> low_bits) & ~1, high, dtype) if high > 1 else None
+            _looked_up((codes >> self._low_bits) & ~1, high, self.dtype) if high > 1 else None
         )
+
+    def __getattr__(self, name: str) -> Any:
+        # Where kernels form signs from the codes, the factors are made when they are asked for.
+        if name in ("low", "high") and vars(self).get("codes") is not None:
+            self._make(self.codes)  # type: ignore[arg-type]
+            return vars(self)[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def _made(self) -> bool:
+        return "low" in vars(self)
 
     def to(self, dtype: torch.dtype) -> Signs:
         """The same signs in another dtype, which autocast gives to outputs."""
-        if self.low.dtype == dtype:
+        if self.dtype == dtype:
             return self
         other = self._copy()
-        other.low = self.low.to(dtype)
-        other.high = None if self.high is None else self.high.to(dtype)
+        other.dtype = dtype
+        if self._made:
+            other.low = self.low.to(dtype)
+            other.high = None if self.high is None else self.high.to(dtype)
         return other
 
     def of(self, codes: slice) -> Signs:
         """The signs of some of the codes."""
         other = self._copy()
-        other.low = self.low[:, codes]
-        other.high = None if self.high is None else self.high[:, codes]
+        if self._made:
+            other.low = self.low[:, codes]
+            other.high = None if self.high is None else self.high[:, codes]
+        other.codes = None if self.codes is None else self.codes[codes]
+        other.count = len(range(*codes.indices(self.count)))
         return other
 
     def _copy(self) -> Signs:
@@ -188,13 +218,14 @@ class Signs:
 
     def cut(self, which: slice) -> Signs:
         """The signs of the examples ``which.start`` to ``which.stop``."""
+        high = self.high  # made from the codes of all examples
         other = self._copy()
-        other.num_examples = which.stop - which.start
-        if self.high is None:
+        other.codes, other.num_examples = None, which.stop - which.start
+        if high is None:
             other.low = self.low if len(self.low) == 1 else self.low[which]
         else:
             first = which.start // self.block
-            other.high = self.high[first : first + -(-other.num_examples // self.block)]
+            other.high = high[first : first + -(-other.num_examples // self.block)]
         return other
 
     def times(self, x: Tensor, example_dim: int, dim: int, out: Tensor | None = None) -> Tensor:
@@ -203,6 +234,13 @@ class Signs:
         :param x: any shape, of size N in ``example_dim`` and of size d in ``dim``.
         :param out: where to write; may be ``x``.
         """
+        if self._in_kernel(x):
+            from pyro_flipout.kernels import triton_signs
+
+            self._check(x, dim)
+            done = triton_signs.flipped(x, *self._coded(), example_dim, dim, out)
+            if done is not None:
+                return done
         if out is None:
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
         low, high = self._place(x, example_dim, dim)
@@ -213,8 +251,28 @@ class Signs:
             y.mul_(a)
         return out
 
-    def add_times(self, out: Tensor, x: Tensor, example_dim: int, dim: int) -> Tensor:
-        """``out + x * signs``, in place of ``out`` and at the cost of ``x``."""
+    def add_times(
+        self, out: Tensor, x: Tensor, example_dim: int, dim: int, bias: SignedBias | None = None
+    ) -> Tensor:
+        """``out + x * signs``, in place of ``out`` and at the cost of ``x``.
+
+        :param bias: a bias along ``dim`` to add as :meth:`add_vectors` does, in the same pass
+            where there is a kernel.
+        """
+        if self._in_kernel(out, x):
+            from pyro_flipout.kernels import triton_signs
+
+            coded, together = None, bias is not None and bias[2]._in_kernel(out)
+            if bias is not None and together:
+                coded = bias[0], bias[1], bias[2]._coded()[0]
+            self._check(out, dim)
+            if triton_signs.add_flipped(out, x, *self._coded(), example_dim, dim, coded):
+                bias = None if together else bias
+                return out if bias is None else _add_bias(out, bias, example_dim, dim)
+        self._add_times(out, x, example_dim, dim)
+        return out if bias is None else _add_bias(out, bias, example_dim, dim)
+
+    def _add_times(self, out: Tensor, x: Tensor, example_dim: int, dim: int) -> Tensor:
         low, high = self._place(x, example_dim, dim)
         if high is None:
             return out.addcmul_(x, low)
@@ -229,6 +287,13 @@ class Signs:
 
         In that order, so that a sum which is exactly 0 stays so: DropConnect and a ReLU meet there.
         """
+        if self._in_kernel(out, center, delta):
+            from pyro_flipout.kernels import triton_signs
+
+            codes, flips = self._coded()
+            bias = center, delta, codes
+            if triton_signs.add_flipped(out, None, None, flips, example_dim, dim, bias):
+                return out
         low, high = self._place(out, example_dim, dim)
         along = [1] * low.dim()
         along[dim if high is None else dim + (dim > example_dim)] = -1
@@ -243,6 +308,11 @@ class Signs:
 
     def sum_times(self, x: Tensor) -> Tensor:
         """The sum over the examples of ``x`` ``(N, d)`` times their signs, shape ``(d,)``."""
+        if self._in_kernel(x):
+            from pyro_flipout.kernels import triton_signs
+
+            self._check(x, 1)
+            return triton_signs.sum_flipped(x, *self._coded())
         low, high = self._place(x, 0, 1)
         if high is None:
             return torch.mul(x, low).sum(0)
@@ -262,12 +332,7 @@ class Signs:
 
         :raises ValueError: if ``x`` is smaller than the codes, so that it would have to grow.
         """
-        count = self.low.size(1)
-        if count != 1 and x.size(dim) != count:
-            raise ValueError(
-                f"Signs: got data of shape {tuple(x.shape)}, expected size {count} in dimension "
-                f"{dim}, one for each code; expand them"
-            )
+        self._check(x, dim)
         if self.high is None:
             if x.dim() == 2 and dim == 1:
                 return self.low, None
@@ -282,6 +347,27 @@ class Signs:
 
         return place(self.low, example_dim + 1), place(self.high, example_dim)
 
+    def _check(self, x: Tensor, dim: int) -> None:
+        if self.count not in (1, x.size(dim)):
+            raise ValueError(
+                f"Signs: got data of shape {tuple(x.shape)}, expected size {self.count} in "
+                f"dimension {dim}, one for each code; expand them"
+            )
+
+    def _in_kernel(self, *tensors: Tensor) -> bool:
+        """Whether one kernel should do it."""
+        if not kernels.possible(tensors[0]) or self.codes is None:
+            return False
+        own = all(t.dtype == self.dtype for t in tensors)
+        return own and kernels.signs_available(*tensors, self.codes)
+
+    def _coded(self) -> tuple[Tensor, Any]:
+        """The codes, and what kernels need to know of the examples."""
+        from pyro_flipout.kernels._launch import Flips
+
+        assert self.codes is not None, "asked before"
+        return self.codes, Flips(None, None, None, self.num_examples, 1, self.group_size)
+
     def _parts(self, x: Tensor, y: Tensor, low: Tensor, high: Tensor, dim: int) -> list[Any]:
         """The whole blocks of examples, then the examples that are left."""
         whole = self.num_examples // self.block
@@ -295,6 +381,15 @@ class Signs:
             last = (low if len(self.low) == 1 else low.narrow(dim + 1, 0, rest)).squeeze(dim)
             parts.append((*tails, high.select(dim, whole), last))
         return parts
+
+
+SignedBias = tuple[Tensor, Tensor, Signs]
+"""Centre and perturbation of a bias, and the signs of the latter."""
+
+
+def _add_bias(out: Tensor, bias: SignedBias, example_dim: int, dim: int) -> Tensor:
+    center, delta, signs = bias
+    return signs.add_vectors(out, center, delta, example_dim, dim)
 
 
 _LOW_BITS = 5

@@ -224,9 +224,13 @@ def random_weight(
     :param shape: shape of the weight.
     :param execution: weights that meet the same examples share one.
     """
-    generator = torch.Generator().manual_seed(seed + sum(shape) + len(site))
-    center = torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
-    delta = torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+    generator = torch.Generator("cpu").manual_seed(seed + sum(shape) + len(site))
+    center, delta = (
+        torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
+        .to(torch.get_default_device())
+        .requires_grad_()
+        for _ in range(2)
+    )
     return flip(center + delta, center, delta, site=site, execution=execution)
 
 

@@ -166,3 +166,4 @@ class _PolicySigns(Signs):
     def __init__(self, dense: Tensor, rows: int) -> None:
         self.num_examples, self.group_size, self.block = len(dense) * rows, rows, rows
         self.low, self.high = dense.new_ones(1, dense.size(1)), dense
+        self.codes, self.count, self.dtype = None, dense.size(1), dense.dtype

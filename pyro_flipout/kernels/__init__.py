@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_flipout._modes import transformed
 
-__all__ = ["available", "flipped_linear", "possible"]
+__all__ = ["available", "flipped_linear", "possible", "signs_available"]
 
 _VARIABLE = "PYRO_FLIPOUT_TRITON"
 _INTERPRETER = "TRITON_INTERPRET" in os.environ  # Triton too reads it only once
@@ -55,20 +55,32 @@ def available(x: Tensor, center: Tensor, delta: Tensor, *biases: Tensor | None) 
     """
     if not possible(x):
         return False
-    mode = os.environ.get(_VARIABLE, "auto")
-    if mode not in ("0", "1", "auto"):
-        raise ValueError(f"{_VARIABLE} is {mode!r}, expected 0, 1 or auto")
+    mode = _mode()
     tensors = [t for t in (x, center, delta, *biases) if t is not None]
     if mode == "0" or _transformed() or not _plain(tensors) or not _fit(*tensors):
         return False
-    if not _installed():
-        if mode == "1" and x.is_cuda:
-            raise ImportError(
-                f"{_VARIABLE} is 1, but Triton is not installed; install triton, or set it to auto"
-            )
+    if not _can(x, mode):
         return False
     dtype = _dtype(tensors)
     return _runs(x, dtype, mode) and (mode == "1" or _pays(dtype, *center.shape))
+
+
+def signs_available(*tensors: Tensor) -> bool:
+    """Whether :mod:`~pyro_flipout.kernels.triton_signs` should multiply by signs.
+
+    Where ``PYRO_FLIPOUT_TRITON`` and the tensors allow kernels (see :func:`available`), it should:
+    it takes one pass over the data where library calls take two or more.
+    """
+    if not possible(tensors[0]):
+        return False
+    mode = _mode()
+    if mode == "0" or _transformed() or not _plain(list(tensors)) or not _can(tensors[0], mode):
+        return False
+    from pyro_flipout.kernels import _triton
+
+    if not all(t.numel() for t in tensors) or tensors[0].dtype not in _triton.DTYPES:
+        return False
+    return mode == "1" if _triton.INTERPRETED else tensors[0].is_cuda
 
 
 def flipped_linear(*args: Any, **kwargs: Any) -> Tensor:
@@ -84,6 +96,25 @@ def allows_tf32() -> bool:
     # Reading `allow_tf32` raises after the precision was set by its newer name.
     precision = getattr(matmul, "fp32_precision", None)
     return bool(matmul.allow_tf32 if precision is None else precision == "tf32")
+
+
+def _mode() -> str:
+    mode = os.environ.get(_VARIABLE, "auto")
+    if mode not in ("0", "1", "auto"):
+        raise ValueError(f"{_VARIABLE} is {mode!r}, expected 0, 1 or auto")
+    return mode
+
+
+def _can(x: Tensor, mode: str) -> bool:
+    """Whether Triton is there.
+
+    :raises ImportError: if it was asked for and is not.
+    """
+    if not _installed() and mode == "1" and x.is_cuda:
+        raise ImportError(
+            f"{_VARIABLE} is 1, but Triton is not installed; install triton, or set it to auto"
+        )
+    return _installed()
 
 
 @functools.cache

@@ -69,6 +69,7 @@ def product(
     """``x centerᵀ + R ∘ ((x ∘ S) deltaᵀ)`` and biases, of rows ``x`` (M, K): shape (M, O)."""
     (m, k), o = x.shape, len(center)
     out = x.new_empty(m, o)
+    bias, bias_delta = (None if t is None else t.contiguous() for t in (bias, bias_delta))
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (-(-m // meta["BM"]) * -(-o // meta["BO"]),)
@@ -84,6 +85,50 @@ def product(
             HAS_BIAS_DELTA=bias_delta is not None, **arguments,
         )  # fmt: skip
     return out
+
+
+class Layout(NamedTuple):
+    """How a contiguous tensor is read as rows and columns, one of which have the signs.
+
+    :ivar rows: of all columns.
+    :ivar columns: entries of each row.
+    :ivar rows_each: row ``r`` belongs to example ``r // rows_each % examples``.
+    :ivar along_rows: whether row ``r`` has the code ``r % count``; else the columns have them.
+    """
+
+    rows: int
+    columns: int
+    rows_each: int
+    along_rows: bool
+
+
+def flip(
+    x: Tensor | None,
+    out: Tensor,
+    codes: Tensor | None,
+    layout: Layout,
+    flips: Flips,
+    add: bool,
+    bias: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> None:
+    """Writes ``S ∘ x`` to ``out``, or adds it, and adds a bias of centre, perturbation and codes.
+
+    :param x: contiguous, or None for a bias alone.
+    :param codes: of ``x``, shape ``(count,)``.
+    """
+    center, delta, bias_codes = bias or (None, None, None)
+    most = 64 if _triton.INTERPRETED else 256
+    bc = min(1 << (layout.columns - 1).bit_length(), most)
+    bm = (16 if _triton.INTERPRETED else 4096) // bc or 1
+    like = bias_codes if codes is None else codes
+    assert like is not None, "there is something to flip"
+    arguments = flips.rows() | {"rows_each": layout.rows_each}
+    with _on_device(out):
+        _triton.flips[(-(-layout.rows // bm), -(-layout.columns // bc))](
+            x, out, codes, center, delta, bias_codes, layout.rows, layout.columns, like.numel(),
+            ALONG_ROWS=layout.along_rows, HAS_X=x is not None, ADD=add, HAS_BIAS=bias is not None,
+            BM=bm, BC=bc, **arguments,
+        )  # fmt: skip
 
 
 def weight_grads(

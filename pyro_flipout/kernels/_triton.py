@@ -4,7 +4,7 @@
 # mypy: ignore-errors
 # Triton's language looks like Python, but its types are not known to a type checker.
 
-r"""The Triton kernels of the flipped linear product; import this module only if Triton is there.
+r"""The Triton kernels of signs and flipped products; import this module only if Triton is there.
 
 Row ``m`` of the data belongs to group ``n = m // rows_each % examples // group_size`` of the
 examples, which has the odd integer ``2n + 1``. A sign is the parity of the bits that this integer
@@ -27,7 +27,12 @@ DTYPES = {
 @triton.jit
 def _flip(x, odd, codes, BITS: tl.constexpr):
     """``x`` (R, C) times the signs of the rows' odd integers (R,) and the columns' codes (C,)."""
-    bits = odd[:, None] & codes[None, :]  # (R, C)
+    return _flip_by_parity(x, odd[:, None] & codes[None, :], BITS)
+
+
+@triton.jit
+def _flip_by_parity(x, bits, BITS: tl.constexpr):
+    """``x`` with the sign changed where the number of ``bits`` is odd; ``bits`` broadcast to it."""
     if BITS > 16:
         bits = bits ^ (bits >> 16)
     if BITS > 8:
@@ -149,6 +154,47 @@ def _weight_grads(
         tl.store(grad_center + to, plain.to(grad_center.dtype.element_ty), inside)
     if DELTA:
         tl.store(grad_delta + to, flipped.to(grad_delta.dtype.element_ty), inside)
+
+
+@triton.jit
+def flips(
+    x, out, codes, center, delta, bias_codes,
+    ROWS, COLUMNS, count, rows_each, examples, group_size,
+    ALONG_ROWS: tl.constexpr, HAS_X: tl.constexpr, ADD: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BITS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """``out (+)= S ∘ x + (center + T ∘ delta)``, of contiguous ``x`` and ``out`` (ROWS, COLUMNS).
+
+    Codes and biases (count,) belong to the columns, or ALONG_ROWS to row ``r`` that of
+    ``r % count``.
+    """
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = (r[:, None] < ROWS) & (c[None, :] < COLUMNS)
+    where = r.to(tl.int64)[:, None] * COLUMNS + c[None, :]
+    odd = _odd_integers(r, rows_each, examples, group_size)
+    if ALONG_ROWS:
+        own, there = r % count, r < ROWS
+    else:
+        own, there = c, c < COLUMNS
+    total = tl.zeros((BM, BC), out.dtype.element_ty)
+    if ADD:
+        total = tl.load(out + where, inside, 0.0)
+    if HAS_X:
+        values, code = tl.load(x + where, inside, 0.0), tl.load(codes + own, there, 0)
+        if ALONG_ROWS:
+            total += _flip_by_parity(values, (odd & code)[:, None], BITS)
+        else:
+            total += _flip(values, odd, code, BITS)
+    if HAS_BIAS:
+        bias, beta = tl.load(center + own, there, 0.0), tl.load(delta + own, there, 0.0)
+        code = tl.load(bias_codes + own, there, 0)
+        if ALONG_ROWS:
+            total += bias[:, None] + _flip_by_parity(beta[:, None], (odd & code)[:, None], BITS)
+        else:
+            beta = tl.broadcast_to(beta[None, :], (BM, BC))
+            total += bias[None, :] + _flip(beta, odd, code, BITS)
+    tl.store(out + where, total, inside)
 
 
 @triton.jit

@@ -44,7 +44,7 @@ class Explicit:
     def signs(self, ndim: int) -> list[Tensor]:
         """Signs that broadcast to weights ``(groups, *weight.shape)`` of ``ndim`` dimensions."""
         return [
-            signs.of_groups.reshape(-1, *(1,) * dim, signs.low.size(1), *(1,) * (ndim - 2 - dim))
+            signs.of_groups.reshape(-1, *(1,) * dim, signs.count, *(1,) * (ndim - 2 - dim))
             for signs, dim in self.factors
         ]
 
@@ -89,7 +89,7 @@ def plan_explicit(
     size = factors[0][0].group_size
     if kernel.uses(data.movedim(example_dim, 0)) * min(size, count) < kernel.min_uses:
         return None
-    if any(signs.low.size(1) not in (1, weight.size(dim)) for signs, dim in factors):
+    if any(signs.count not in (1, weight.size(dim)) for signs, dim in factors):
         return None
     at_once = min(max(_BUFFER // weight.numel(), 1), -(-count // size))
     return Explicit(size, factors, at_once, example_dim)

@@ -51,12 +51,18 @@ class _FlippedProduct(torch.autograd.Function):
         out = kernel.forward(data, center, bias if of_bias is None else None)
         for rows, before, after, of in _chunks(data, out, into_data, into_out, of_bias):
             flipped = kernel.forward(_flip(data[rows], before), delta, None)
+            own = None
+            if of is not None and bias is not None and bias_delta is not None:
+                own = bias, bias_delta, of[0]
             if after is None:
                 out[rows].add_(flipped)
+            elif of is None or after[1:] == of[1:]:
+                after[0].add_times(out[rows], flipped, *after[1:], own)
+                continue
             else:
                 after[0].add_times(out[rows], flipped, *after[1:])
-            if of is not None and bias is not None and bias_delta is not None:
-                of[0].add_vectors(out[rows], bias, bias_delta, *of[1:])
+            if own is not None and of is not None:
+                of[0].add_vectors(out[rows], *own[:2], *of[1:])
         return out
 
     @staticmethod
