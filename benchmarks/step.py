@@ -12,9 +12,14 @@ OUT/NET.md and OUT/NET.png.
     python benchmarks/step.py --nets fc --threads 1
     python benchmarks/step.py --nets fc convle --estimators "AutoMeanField, flipout" --sizes 1024
     python benchmarks/step.py --device cuda --dtype bf16
+    python benchmarks/step.py --device cuda --graph
+
+With --graph every step is captured as a CUDA graph and replayed: what is left is the time of the
+GPU, without Python's. Pyro's losses cannot be captured, so all estimators have MeanFieldELBO then.
 """
 
 import argparse
+import functools
 import os
 import platform
 import statistics
@@ -114,7 +119,7 @@ class Plain:
     def __init__(self, net, args):
         self.net, self.autocast = net, args.autocast
         self.forward = torch.compile(net) if args.compile else net
-        self.optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+        self.optimizer = torch.optim.Adam(net.parameters(), 1e-3, capturable=args.graph)
 
     def step(self, x, y):
         self.optimizer.zero_grad()
@@ -162,13 +167,23 @@ class Pyro:
                 pyro.sample("y", classes.to_event(y.dim() - 1), obs=y)
 
         self.guide = guide(model)
-        elbo = Trace_ELBO() if guide is AutoNormal else MeanFieldELBO()
+        elbo = Trace_ELBO() if guide is AutoNormal and not args.graph else MeanFieldELBO()
         options = {"on_missing_rule": "error", "group_size": group_size}
         program = flipout(model, **options) if group_size else model
         self.svi = SVI(program, self.guide, pyro.optim.Adam({"lr": 1e-3}), elbo)
+        self.loss = functools.partial(elbo.differentiable_loss, program, self.guide)
+        self.graph, self.optimizer = args.graph, None
 
     def step(self, x, y):
-        self.svi.step(x, y)
+        if not self.graph:
+            self.svi.step(x, y)
+            return
+        if self.optimizer is None:
+            self.guide(x, y)  # makes its parameters
+            self.optimizer = torch.optim.Adam(self.guide.parameters(), 1e-3, capturable=True)
+        self.optimizer.zero_grad()
+        self.loss(x, y).backward()
+        self.optimizer.step()
 
 
 ESTIMATORS = {
@@ -192,18 +207,33 @@ class Stepper:
     def __init__(self, name, net, args):
         pyro.set_rng_seed(0)
         self.args, self.state = args, {"params": {}, "constraints": {}}
-        self.scope = pyro.get_param_store().scope
+        self.scope, self.graph = pyro.get_param_store().scope, None
         with self.scope(self.state) as self.state:
             self.estimator = ESTIMATORS[name](net.make().to(args.device), args)
 
     def step(self, x, y):
         """Seconds of one step."""
         with self.scope(self.state) as self.state:
+            step = self._replay(x, y) if self.args.graph else self.estimator.step
             self._synchronize()
             start = self.args.clock()
-            self.estimator.step(x, y)
+            step(x, y)
             self._synchronize()
             return self.args.clock() - start
+
+    def _replay(self, x, y):
+        """Replays a step on ``x`` and ``y``, which is captured when it is first asked for."""
+        if self.graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.estimator.step(x, y)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.estimator.step(x, y)
+        return lambda x, y: self.graph.replay()
 
     def peak(self, x, y):
         """Bytes allocated at the highest point of a step, above what was there before."""
@@ -328,12 +358,16 @@ def parse():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bf16"])
+    parser.add_argument("--graph", action="store_true", help="replay a CUDA graph of the step")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--cpu-time", action="store_true", help="for a machine that others use")
     parser.add_argument("--out", type=Path, default=Path("step"))
     args = parser.parse_args()
     args.estimators = [n for n in args.estimators or ESTIMATORS if n != "plain"]
+    if args.graph and args.device != "cuda":
+        parser.error("--graph is of CUDA graphs: add --device cuda")
+    args.memory = args.memory and not args.graph
     args.clock = time.process_time if args.cpu_time else time.perf_counter
     enabled = args.dtype == "bf16"
     args.autocast = lambda: torch.autocast(args.device, torch.bfloat16, enabled=enabled)
@@ -351,7 +385,8 @@ def main():
         found = {size: measure(args, net, size) for size in args.sizes or net.sizes}
         text = (
             f"## {name}\n\ntorch {torch.__version__} on {where}, {args.threads} thread(s), "
-            f"{args.dtype}{', compiled' if args.compile else ''}, {args.rounds} rounds.\n\n"
+            f"{args.dtype}{', compiled' if args.compile else ''}"
+            f"{', CUDA graph' if args.graph else ''}, {args.rounds} rounds.\n\n"
             f"`{' '.join(['python', *sys.argv])}`\n\n" + "\n".join(table(args, found)) + "\n"
         )
         (args.out / f"{name}.md").write_text(text)

@@ -4,16 +4,19 @@
 """The flipped linear product on a GPU: the fused Triton kernel against two library calls.
 
 Both and the plain layer on a shared draw take turns, round after round, each timed with CUDA
-events over a few calls. What is printed are medians over the rounds: milliseconds, and of the
-same round's times the ratio fused / library (below 1 the kernel wins) and fused / plain. `auto`
+events over a few calls; with --graph, over replays of a CUDA graph of it, which shows the time of
+the GPU where Python is slower. What is printed are medians over the rounds: milliseconds, and of
+the same round's times the ratio fused / library (below 1 the kernel wins) and fused / plain. `auto`
 says which of the two pyro_flipout chooses by itself; where it chooses the slower one, correct
 `pyro_flipout.kernels._pays`. Needs a CUDA device and Triton.
 
     python benchmarks/triton_linear.py
+    python benchmarks/triton_linear.py --graph
     python benchmarks/triton_linear.py --dtypes bfloat16 --sizes 8192x784x512 --rounds 30
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -29,6 +32,8 @@ PARSER = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 PARSER.add_argument("--sizes", nargs="+", default=SIZES, help="examples x inputs x outputs")
 PARSER.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
 PARSER.add_argument("--tf32", action="store_true", help="let float32 products use TF32")
+PARSER.add_argument("--graph", action="store_true", help="time replays of a CUDA graph")
+PARSER.add_argument("--passes", nargs="+", default=["forward", "forward+backward"])
 PARSER.add_argument("--calls", type=int, default=10, help="calls timed together")
 PARSER.add_argument("--rounds", type=int, default=20)
 
@@ -62,11 +67,17 @@ class Layer:
         os.environ["PYRO_FLIPOUT_TRITON"] = mode
         return kernels.available(self.input, self.center, self.delta, self.bias)
 
-    def milliseconds(self, mode, backward, calls):
+    def capture(self, mode, backward):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.call(mode, backward)
+        return graph.replay
+
+    def milliseconds(self, call, calls):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(calls):
-            self.call(mode, backward)
+            call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / calls
@@ -74,27 +85,30 @@ class Layer:
 
 def measure(layer, backward, args):
     """Milliseconds of every mode in every round, after tuning and warming up."""
+    calls = {}
     for mode in MODES:
         for _ in range(3):
             layer.call(mode, backward)
+        torch.cuda.synchronize()
+        by_hand = functools.partial(layer.call, mode, backward)
+        calls[mode] = layer.capture(mode, backward) if args.graph else by_hand
     return [
-        {mode: layer.milliseconds(mode, backward, args.calls) for mode in MODES}
+        {mode: layer.milliseconds(calls[mode], args.calls) for mode in MODES}
         for _ in range(args.rounds)
     ]
 
 
-def row(size, dtype, backward, args):
+def row(size, dtype, what, args):
     layer = Layer(size, getattr(torch, dtype))
     if not layer.chosen("1"):
         sys.exit(f"the fused kernel cannot run on {torch.cuda.get_device_name()} in {dtype}")
-    rounds = measure(layer, backward, args)
+    rounds = measure(layer, "backward" in what, args)
     times = [f"{statistics.median(r[mode] for r in rounds):.3f}" for mode in MODES]
     ratios = [
         f"{statistics.median(r['fused'] / r[other] for r in rounds):.2f}"
         for other in ("library", "plain")
     ]
     auto = "fused" if layer.chosen("auto") else "library"
-    what = "forward+backward" if backward else "forward"
     return [size, dtype, what, *times, *ratios, auto]
 
 
@@ -106,13 +120,14 @@ def main():
         sys.exit("benchmarks/triton_linear.py needs Triton; pip install triton")
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, TF32 {args.tf32}")
+    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    print(f"{where}, TF32 {args.tf32}, CUDA graph {args.graph}")
     print("| N x K x O | dtype | pass | fused ms | library ms | plain ms | f/l | f/p | auto |")
     print("|---|---|---|---|---|---|---|---|---|")
     for dtype in args.dtypes:
         for size in args.sizes:
-            for backward in (False, True):
-                print("|", " | ".join(row(size, dtype, backward, args)), "|", flush=True)
+            for what in args.passes:
+                print("|", " | ".join(row(size, dtype, what, args)), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import pyro.poutine as poutine
+import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
+from torch.distributions import kl_divergence
 
 __all__ = ["MeanFieldELBO"]
 
@@ -40,6 +43,10 @@ class MeanFieldELBO(TraceMeanField_ELBO):
     >>> svi = SVI(flipout(model), AutoMeanField(model), optim, MeanFieldELBO())
     >>> loss = svi.step(torch.randn(8, 3), torch.randn(8))
 
+    *CUDA graphs.* While a graph is captured, :meth:`differentiable_loss` reads no number off the
+    device, which Pyro's losses do: with Pyro's validation off, a whole step of SVI can be captured
+    and replayed without Python (see the performance page).
+
     Parameters are those of :class:`~pyro.infer.elbo.ELBO`.
     """
 
@@ -51,6 +58,47 @@ class MeanFieldELBO(TraceMeanField_ELBO):
         replayed = poutine.replay(model, trace=guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
         return _lazy(prune_subsample_sites(model_trace)), _lazy(prune_subsample_sites(guide_trace))
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss as a tensor with a gradient.
+
+        :raises RuntimeError: while a CUDA graph is captured, if Pyro's validation is on.
+        """
+        if not _capturing():
+            return super().differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[no-untyped-call]
+        if is_validation_enabled():
+            raise RuntimeError(
+                "MeanFieldELBO: Pyro's validation reads numbers off the device, which the CUDA "
+                "graph that is being captured cannot; call pyro.enable_validation(False) before"
+            )
+        traces = self._get_traces(model, guide, args, kwargs)  # type: ignore[no-untyped-call]
+        return sum(_loss(*pair) for pair in traces) / self.num_particles
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _loss(model_trace: Trace, guide_trace: Trace) -> Any:
+    """``TraceMeanField_ELBO``'s loss of one particle, all of it on the device."""
+    loss: Any = 0.0
+    for name, site in model_trace.nodes.items():
+        if site["type"] != "sample":
+            continue
+        if site["is_observed"]:
+            loss = loss - site["log_prob_sum"]
+            continue
+        of_guide = guide_trace.nodes[name]
+        try:
+            kl = kl_divergence(of_guide["fn"], site["fn"])  # type: ignore[arg-type]
+        except NotImplementedError:
+            loss = loss - site["log_prob_sum"] + of_guide["score_parts"].entropy_term.sum()
+        else:
+            loss = loss + scale_and_mask(kl, of_guide["scale"], of_guide["mask"]).sum()
+    for name, site in guide_trace.nodes.items():
+        if site["type"] == "sample" and name not in model_trace.nodes:
+            loss = loss + site["score_parts"].entropy_term.sum()  # auxiliary
+    return loss
 
 
 class _LazySite(dict[str, Any]):

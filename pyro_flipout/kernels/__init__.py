@@ -177,5 +177,4 @@ def _runs(x: Tensor, dtype: torch.dtype | None, mode: str) -> bool:
 
 def _pays(dtype: torch.dtype | None, outputs: int, inputs: int) -> bool:
     tensor_cores = dtype != torch.float32 or allows_tf32()
-    width = inputs * outputs / (inputs + outputs)
-    return width <= (768 if tensor_cores else 64)
+    return tensor_cores and inputs * outputs <= 256 * (inputs + outputs)
