@@ -103,10 +103,11 @@ def test_cuda_training_step():
     def run():
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        net = Regression(mlp((16, 32, 3)), scale=1.0).cuda()
-        x, y = torch.randn(64, 16).cuda(), torch.randn(64, 3).cuda()
-        with torch.device("cuda"):
+        with torch.device("cuda"):  # the priors too
+            net = Regression(mlp((16, 32, 3)), scale=1.0)
+            x, y = torch.randn(64, 16), torch.randn(64, 3)
             guide = AutoNormal(net)
+            guide(x, y)
         svi = SVI(flipout(net), guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
         return [svi.step(x, y) for _ in range(3)]
 

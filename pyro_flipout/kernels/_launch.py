@@ -119,7 +119,7 @@ def flip(
     center, delta, bias_codes = bias or (None, None, None)
     most = 64 if _triton.INTERPRETED else 256
     bc = min(1 << (layout.columns - 1).bit_length(), most)
-    bm = (16 if _triton.INTERPRETED else 4096) // bc or 1
+    bm = (512 if _triton.INTERPRETED else 4096) // bc
     like = bias_codes if codes is None else codes
     assert like is not None, "there is something to flip"
     arguments = flips.rows() | {"rows_each": layout.rows_each}
@@ -127,7 +127,7 @@ def flip(
         _triton.flips[(-(-layout.rows // bm), -(-layout.columns // bc))](
             x, out, codes, center, delta, bias_codes, layout.rows, layout.columns, like.numel(),
             ALONG_ROWS=layout.along_rows, HAS_X=x is not None, ADD=add, HAS_BIAS=bias is not None,
-            BM=bm, BC=bc, **arguments,
+            ACC=_triton.DTYPES[_accumulator(out.dtype)], BM=bm, BC=bc, **arguments,
         )  # fmt: skip
 
 

@@ -161,7 +161,7 @@ def flips(
     x, out, codes, center, delta, bias_codes,
     ROWS, COLUMNS, count, rows_each, examples, group_size,
     ALONG_ROWS: tl.constexpr, HAS_X: tl.constexpr, ADD: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BITS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    BITS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """``out (+)= S ∘ x + (center + T ∘ delta)``, of contiguous ``x`` and ``out`` (ROWS, COLUMNS).
 
@@ -177,24 +177,26 @@ def flips(
         own, there = r % count, r < ROWS
     else:
         own, there = c, c < COLUMNS
-    total = tl.zeros((BM, BC), out.dtype.element_ty)
+    total = tl.zeros((BM, BC), ACC)
     if ADD:
-        total = tl.load(out + where, inside, 0.0)
+        total = tl.load(out + where, inside, 0.0).to(ACC)
     if HAS_X:
         values, code = tl.load(x + where, inside, 0.0), tl.load(codes + own, there, 0)
         if ALONG_ROWS:
-            total += _flip_by_parity(values, (odd & code)[:, None], BITS)
+            values = _flip_by_parity(values, (odd & code)[:, None], BITS)
         else:
-            total += _flip(values, odd, code, BITS)
+            values = _flip(values, odd, code, BITS)
+        total += values.to(ACC)
     if HAS_BIAS:
-        bias, beta = tl.load(center + own, there, 0.0), tl.load(delta + own, there, 0.0)
+        bias = tl.load(center + own, there, 0.0).to(ACC)
+        beta = tl.load(delta + own, there, 0.0).to(ACC)
         code = tl.load(bias_codes + own, there, 0)
         if ALONG_ROWS:
             total += bias[:, None] + _flip_by_parity(beta[:, None], (odd & code)[:, None], BITS)
         else:
             beta = tl.broadcast_to(beta[None, :], (BM, BC))
             total += bias[None, :] + _flip(beta, odd, code, BITS)
-    tl.store(out + where, total, inside)
+    tl.store(out + where, total.to(out.dtype.element_ty), inside)
 
 
 @triton.jit

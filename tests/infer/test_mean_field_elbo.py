@@ -10,10 +10,12 @@ import pytest
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_flipout import FlipoutMessenger, flipout
-from pyro_flipout.infer import AutoMeanField, MeanFieldELBO, tempered
+from pyro_flipout.infer import AutoMeanField, MeanFieldELBO, mean_field_elbo, tempered
 from pyro_flipout.infer._normal_kl import normal_kl
+from pyro_flipout.nn import bayesianize
 
 X, Y = torch.linspace(-1, 1, 12).reshape(6, 2), torch.tensor([0.1, 2.0, -1.0, 0.4, 0.0, 1.0])
 
@@ -165,3 +167,124 @@ def test_a_step_leaves_nothing_to_the_garbage_collector(make):
         assert [ref() for ref in alive if ref() is not None] == []
     finally:
         gc.enable()
+
+
+# ------------------------------------------------------------------ CUDA graphs
+
+
+class NothingRead(TorchDispatchMode):
+    """Forbids what reads numbers off a device, which would end the capture of a CUDA graph."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    monkeypatch.setattr(mean_field_elbo, "_capturing", lambda: True)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("options", OPTIONS[:2])
+@pytest.mark.parametrize("make", [AutoMeanField, AutoNormal])
+def test_captured_loss_is_the_same(make, options, monkeypatch):
+    guide, elbo = make(regression), MeanFieldELBO(**options)
+    guide(X, Y)
+    loss, grads = loss_and_grads(elbo, guide)
+    monkeypatch.setattr(mean_field_elbo, "_capturing", lambda: True)
+    pyro.set_rng_seed(3)
+    guide.zero_grad()
+    with NothingRead():
+        ours = elbo.differentiable_loss(flipout(regression), guide, X, Y)
+        ours.backward()
+    assert ours.item() == pytest.approx(loss, rel=1e-6)
+    for p, grad in zip(guide.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
+def test_pyros_loss_is_read():
+    """What the test above forbids is what Pyro's does."""
+    guide = AutoMeanField(regression)
+    guide(X, Y)
+    with NothingRead(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        TraceMeanField_ELBO().differentiable_loss(flipout(regression), guide, X, Y)
+
+
+@pytest.mark.usefixtures("unchecked", "capturing")
+def test_captured_loss_of_an_auxiliary_site():
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide():
+        aux = pyro.sample("aux", dist.Normal(0.3, 2.0), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Normal(aux, 0.5))
+
+    pyro.set_rng_seed(0)
+    ours = MeanFieldELBO().differentiable_loss(model, guide)
+    pyro.set_rng_seed(0)
+    assert ours.item() == pytest.approx(TraceMeanField_ELBO().loss(model, guide), rel=1e-6)
+
+
+@pytest.mark.usefixtures("capturing")
+def test_capture_refuses_validation():
+    with pytest.raises(RuntimeError, match="call pyro.enable_validation"):
+        MeanFieldELBO().differentiable_loss(regression, AutoMeanField(regression), X, Y)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("width", [8, 2048])
+def test_replayed_steps_train(width):
+    """Every replay draws anew and trains as steps that are not captured do."""
+    x = torch.randn(64, 8, device="cuda")
+    y = x @ torch.randn(8, 3, device="cuda")
+    net = torch.nn.Sequential(
+        torch.nn.Linear(8, width), torch.nn.Tanh(), torch.nn.Linear(width, 3)
+    ).cuda()
+    net = bayesianize(net)
+
+    def model(x, y):
+        mean = net(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mean, 0.1).to_event(1), obs=y)
+
+    losses = {}
+    for captured in (False, True):
+        pyro.set_rng_seed(0)
+        guide, elbo = AutoMeanField(model), MeanFieldELBO()
+        guide(x, y)
+        optimizer = torch.optim.Adam(guide.parameters(), 1e-2, capturable=True)
+
+        def step(guide=guide, elbo=elbo, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = elbo.differentiable_loss(flipout(model), guide, x, y)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        if captured:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                static = step()
+
+            def step(graph=graph, static=static):
+                graph.replay()
+                return static
+
+        losses[captured] = [step().item() for _ in range(300)]
+        assert len(set(losses[captured])) == 300
+    first, last = (
+        torch.tensor([losses[c][s] for c in (False, True)]) for s in (slice(5), slice(-50, None))
+    )
+    first, last = first.mean(1), last.mean(1)
+    assert (last < 0.3 * first).all()
+    assert last[0] == pytest.approx(last[1], rel=0.1)

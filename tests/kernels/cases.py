@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from pyro_flipout import flip, kernels
-from pyro_flipout.kernels import _triton, triton_linear
+from pyro_flipout.kernels import _launch, _triton, triton_linear
 from pyro_flipout.kernels._launch import Flips
-from pyro_flipout.signs import MAX_EXAMPLES, code_bits, paired_signs
+from pyro_flipout.signs import MAX_EXAMPLES, Signs, code_bits, draw_codes, paired_signs
 from pyro_flipout.tensor import Draw, Execution, FlipoutTensor, Term
 from pyro_flipout.testing import check_rule
 from tests.kernels.sign_kernel import signs_of_pairs
@@ -253,6 +253,101 @@ def test_second_derivatives(launches, monkeypatch):
     for a, b in zip(fused, penalty(), strict=True):
         torch.testing.assert_close(a, b, atol=TOL, rtol=TOL)
     assert not launches
+
+
+# ------------------------------------------------- signs for products by library calls
+
+
+LAYOUTS = {  # shape, example_dim, dim, memory
+    "last": ((5, 7), 0, 1, None),
+    "wide": ((3, 300), 0, 1, None),
+    "many rows": ((300, 5), 0, 1, None),
+    "time": ((5, 2, 7), 0, 2, None),
+    "time-major": ((2, 5, 7), 1, 2, None),
+    "channels": ((5, 7, 2, 3), 0, 1, None),
+    "channels of wide images": ((2, 3, 9, 9), 0, 1, None),
+    "channels after time": ((5, 2, 7, 3), 0, 2, None),
+    "channels last": ((5, 7, 2, 3), 0, 1, torch.channels_last),
+    "channels last, 3d": ((5, 7, 2, 3, 2), 0, 1, torch.channels_last_3d),
+    "transposed": ((5, 7), 0, 1, "transposed"),
+    "one code": ((5, 1), 0, 1, None),
+    "examples last": ((7, 5), 1, 0, None),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in LAYOUTS),
+        *((n, d) for n in ("time", "channels") for d in (*DTYPES[1:], torch.float64)),
+    ],
+)
+def test_one_pass(name, dtype, monkeypatch):
+    """Signs formed in registers, against factors of signs: data, sums and biases."""
+    shape, example_dim, dim, memory = LAYOUTS[name]
+
+    def make():
+        x = torch.randn(shape, device=DEVICE).to(dtype)
+        if memory == "transposed":
+            return x.t().contiguous().t()
+        return x if memory is None else x.to(memory_format=memory)
+
+    found = []
+    right = kernels.signs_available
+    count, examples = shape[dim], shape[example_dim]
+    for size in (1, 2):
+        codes, own = (draw_codes((count,), DEVICE) for _ in range(2))
+        x, out = make(), make()
+        center, delta = (torch.randn(count, device=DEVICE).to(dtype) for _ in range(2))
+        for mode in (True, False):
+            monkeypatch.setattr(
+                kernels, "signs_available", lambda *t, mode=mode: mode and right(*t)
+            )
+            signs, of_bias = (Signs(c, examples, dtype, size) for c in (codes, own))
+            where, bias = (example_dim, dim), (center, delta, of_bias)
+            flat = (
+                x.movedim(where, (0, 1)).flatten(2).sum(2)
+                if x.dim() > 2
+                else x.movedim(where, (0, 1))
+            )
+            found.append(
+                [
+                    signs.times(x, *where),
+                    signs.times(x.clone(), *where, out=torch.empty_like(x)),
+                    signs.add_times(out.clone(), x.clone(), *where),
+                    signs.add_times(out.clone(), x.clone(), *where, bias),
+                    of_bias.add_vectors(out.clone(), center, delta, *where),
+                    signs.sum_times(flat.contiguous()),
+                ]
+            )
+            assert ("low" in vars(signs)) is (not mode or name in ("transposed", "examples last"))
+    eps = torch.finfo(dtype).eps
+    for kernel, library in zip(found[::2], found[1::2], strict=True):
+        assert torch.equal(kernel[0], library[0])
+        for a, b in zip(kernel, library, strict=True):
+            assert a.dtype == dtype
+            torch.testing.assert_close(a, b, atol=40 * eps, rtol=4 * eps)
+
+
+def test_one_pass_keeps_the_memory_format():
+    x = torch.randn(5, 7, 2, 3, device=DEVICE).to(memory_format=torch.channels_last)
+    signs = Signs(draw_codes((7,), DEVICE), 5, x.dtype)
+    assert signs.times(x, 0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("op", [F.linear, F.conv2d])
+def test_library_products_flip_in_one_pass(op, monkeypatch):
+    """Forward, the output's signs and those of its bias; backward, data and gradient."""
+    monkeypatch.setattr(kernels, "available", lambda *args: False)
+    calls = []
+    right = _launch.flip
+    monkeypatch.setattr(_launch, "flip", lambda *a, **k: (calls.append(k), right(*a, **k)))
+    more = () if op is F.linear else (2, 2)
+    w = weight(3, 4, *more)
+    bias = weight(3, execution=w.execution)
+    check_rule(op, data(5, 4, *more), w, bias, tol=TOL)
+    assert len(calls) == 5
+    assert [k.get("bias") is not None for k in calls] == [False, True, False, False, False]
 
 
 # ------------------------------------------------------------------- the choice

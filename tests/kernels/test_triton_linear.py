@@ -60,26 +60,30 @@ from triton.compiler import ASTSource
 from pyro_flipout.kernels import _triton
 
 names = ["HAS_IN", "HAS_OUT", "HAS_BIAS", "HAS_BIAS_DELTA", "CENTER", "DELTA"]
+names += ["HAS_X", "ADD"]
 flags = dict.fromkeys(names, True)
 constants = {
     **flags, "UPCAST": False, "BITS": 32, "PRECISION": "ieee", "ACC": _triton.tl.float32,
-    **dict.fromkeys(["BM", "BO", "BK"], 32), "GROUP": 8,
+    **dict.fromkeys(["BM", "BO", "BK", "BC"], 32), "GROUP": 8, "ALONG_ROWS": False,
     **dict.fromkeys(["x_k", "c_k", "d_k", "g_o"], 1),
 }
 data = ["x", "center", "delta", "bias", "bias_delta", "out", "grad"]
 data += ["grad_center", "grad_delta", "grad_bias", "grad_bias_delta"]
-codes = dict.fromkeys(["in_codes", "out_codes", "bias_codes"], "*i32")
-for kernel, dtype, capability in (
+codes = dict.fromkeys(["in_codes", "out_codes", "bias_codes", "codes"], "*i32")
+for kernel, dtype, capability, *more in (
     (_triton.product.fn, "bf16", 80),
     (_triton.product.fn, "fp32", 90),
     (_triton.weight_grads.fn, "fp32", 80),
     (_triton.weight_grads.fn, "fp16", 90),
     (_triton.bias_grads, "bf16", 90),
+    (_triton.flips, "bf16", 80),
+    (_triton.flips, "fp32", 90, {"ALONG_ROWS": True}),
 ):
     pointers = dict.fromkeys(data, "*" + dtype) | codes
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    source = ASTSource(kernel, signature, {n: constants[n] for n in names if n in constants})
+    values = constants | dict(*more)
+    signature = {n: "constexpr" if n in values else pointers.get(n, "i32") for n in names}
+    source = ASTSource(kernel, signature, {n: values[n] for n in names if n in values})
     compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": 4})
     print("mma" in compiled.asm["ptx"])
 """
@@ -97,7 +101,7 @@ def test_compiles_for_gpus(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True", "False", "False", "True", "False"]
+    assert done.stdout.split() == ["True", "False", "False", "True", *["False"] * 3]
 
 
 # ------------------------------------------------------------------- the choice
