@@ -146,9 +146,10 @@ def _layer(
     """All directions of one layer: rows of the output, last states ``(D, N, ...)``."""
     if not any(isinstance(p, FlipoutTensor) and p.terms for p in params):
         params = [p.plain if isinstance(p, FlipoutTensor) else p for p in params]
-        hx = tuple(states) if len(states) > 1 else states[0]
+        first, *more = (s.contiguous() for s in states)  # cuDNN asks for it
         options = call.has_biases, 1, 0.0, call.train, call.bidirectional
-        return tuple(call.op(rows, torch.tensor(sizes), hx, params, *options))
+        hx, batch_sizes = (first, *more) if more else first, torch.tensor(sizes, device="cpu")
+        return tuple(call.op(rows, batch_sizes, hx, params, *options))
     results = [
         scan(CELLS[call.op], rows, sizes, [s[d] for s in states], own, call.has_biases, d == 1)
         for d, own in enumerate(_chunks(params, num_directions))

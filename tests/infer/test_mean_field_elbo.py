@@ -245,11 +245,12 @@ def test_replayed_steps_train(width):
         torch.nn.Linear(8, width), torch.nn.Tanh(), torch.nn.Linear(width, 3)
     ).cuda()
     net = bayesianize(net)
+    noise = torch.tensor(0.1, device="cuda")  # a number would be copied there in every step
 
     def model(x, y):
         mean = net(x)
         with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Normal(mean, 0.1).to_event(1), obs=y)
+            pyro.sample("y", dist.Normal(mean, noise).to_event(1), obs=y)
 
     losses = {}
     for captured in (False, True):

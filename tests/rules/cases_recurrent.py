@@ -59,9 +59,10 @@ def recurrent_case(
 ):
     count = layers * directions
     sizes = [P if proj else H, H] if op is torch.lstm else [H]
-    options = (bias, layers, dropout, train, directions == 2)
 
     def call(x, length, states, params):  # all with the examples in dimension 0
+        # cuDNN has gradients in training mode only, which without dropout is the same.
+        options = (bias, layers, dropout, train or x.is_cuda, directions == 2)
         params = list(params) if join is None else join(params)
         states = tuple(s.expand(len(x), -1, -1).transpose(0, 1) for s in states)
         hx = states if op is torch.lstm else states[0]
@@ -86,7 +87,7 @@ def recurrent_case(
             states = [torch.zeros(n, count, s, dtype=torch.float64) for s in sizes]
         else:
             states = [data(n, count, s) for s in sizes]
-        length = torch.tensor((lengths or LENGTHS)[:n])
+        length = torch.tensor((lengths or LENGTHS)[:n], device="cpu")
         check_rule(call, data(n, T, I), length, states, params)
 
     CASES.append((op, label, check))

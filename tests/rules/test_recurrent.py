@@ -1,5 +1,7 @@
 """Recurrent modules as users write them, and the autograd node behind them."""
 
+import dataclasses
+
 import pytest
 import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
@@ -10,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_flipout import ExampleDimError, FlipoutWarning, MissingRuleError, flip
 from pyro_flipout.errors import FlipoutError
-from pyro_flipout.rules import _cells, _signed
+from pyro_flipout.rules import _cells, _signed, recurrent
 from pyro_flipout.rules._loop import Plan
 from pyro_flipout.rules._scan import Scan
 from pyro_flipout.tensor import Execution
@@ -451,3 +453,22 @@ def test_signs_of_their_own_at_each_step_fail_the_oracle(op, label, monkeypatch)
     monkeypatch.setattr(_signed.StepProduct, "add", redrawn)
     with pytest.raises(AssertionError):
         check()
+
+
+def test_states_of_a_layer_that_is_not_flipped(monkeypatch):
+    """cuDNN refuses states that are not contiguous; on a CPU torch takes any."""
+    bind, calls = recurrent.Call.bind, []
+
+    def spy(rows, batch_sizes, hx, *args):
+        calls.append([*(s.is_contiguous() for s in hx), batch_sizes.device.type])
+        return torch.lstm(rows, batch_sizes, hx, *args)
+
+    monkeypatch.setattr(
+        recurrent.Call, "bind", lambda *args: dataclasses.replace(bind(*args), op=spy)
+    )
+    module = nn.LSTM(I, H, num_layers=2, batch_first=True)
+    weights = {k: w for k, w in flipped(module).items() if k.endswith("l1")}
+    states = tuple(torch.randn(N, 2, H).transpose(0, 1) for _ in range(2))
+    monkeypatch.setitem(recurrent.CELLS, spy, recurrent.CELLS[torch.lstm])
+    functional_call(module, weights, (torch.randn(N, T, I), states))
+    assert calls == [[True, True, "cpu"]]
