@@ -39,12 +39,11 @@ def available(x: Tensor, center: Tensor, delta: Tensor, *biases: Tensor | None) 
     compiles or transforms the program (``torch.compile``, ``torch.jit``, ``torch.func``). With
     ``1`` it also can on the CPU in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
 
-    What ``auto`` expects is an estimate and **not measured on a GPU yet**
-    (``benchmarks/triton_linear.py`` measures it). The kernel spares about 3.5 reads and writes
-    of data and output; it costs the lead of the library's products, taken as a third of the time
-    on tensor cores and all of it on ordinary float32 units. With the ratios of arithmetic to
-    bandwidth of present GPUs it pays while ``K O / (K + O)`` is at most 768 on tensor cores and
-    at most 64 for float32 without TF32.
+    What ``auto`` expects was measured on an H200 (``benchmarks/triton_linear.py --graph``): the
+    kernel spares reads and writes of data and output, and its products are slower than the
+    library's. It pays while ``K O / (K + O)`` is at most 256 in 16 bits and at most 128 in TF32, and
+    never for float32 without TF32. Its first call of a size tries some shapes of blocks, which
+    takes seconds.
 
     :param x: data, shape ``(*, K)``.
     :param center: shape ``(O, K)``.
@@ -176,5 +175,6 @@ def _runs(x: Tensor, dtype: torch.dtype | None, mode: str) -> bool:
 
 
 def _pays(dtype: torch.dtype | None, outputs: int, inputs: int) -> bool:
-    tensor_cores = dtype != torch.float32 or allows_tf32()
-    return tensor_cores and inputs * outputs <= 256 * (inputs + outputs)
+    if dtype == torch.float32 and not allows_tf32():
+        return False
+    return inputs * outputs <= (128 if dtype == torch.float32 else 256) * (inputs + outputs)

@@ -206,7 +206,8 @@ def _common(x: Tensor, m: int, k: int, o: int) -> dict[str, Any]:
         "M": m,
         "K": k,
         "OUT": o,
-        "bucket": 1 << max(m - 1, 0).bit_length(),  # block shapes are tuned once for each
+        # Block shapes are tuned once for each; a last mini-batch should not need its own.
+        "bucket": 256 if m <= 256 else 2048 if m <= 2048 else 8192,
         "PRECISION": "tf32" if tf32 else "ieee",
         "ACC": _triton.DTYPES[_accumulator(x.dtype)],
         # The interpreter keeps bfloat16 as integers and would multiply those.

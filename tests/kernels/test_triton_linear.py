@@ -23,8 +23,8 @@ def needs_cuda(test):
     return pytest.mark.cuda(skip(test))
 
 
-def run_cases(tmp_path, **variables):
-    """Runs ``cases.py`` in a process with these environment variables."""
+def run_cases(tmp_path, *which, **variables):
+    """Runs ``cases.py``, or ``which``, in a process with these environment variables."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -32,7 +32,7 @@ def run_cases(tmp_path, **variables):
     }
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "tests/kernels/cases.py"],
+        [*command, *(which or ["tests/kernels/cases.py"])],
         cwd=ROOT,
         env=inherited | {"TRITON_CACHE_DIR": str(tmp_path)} | variables,
         capture_output=True,
@@ -168,7 +168,23 @@ def test_tf32_is_the_users_choice():
     assert done.stdout.split() in (expected, expected[:-2]), done.stderr
 
 
-def test_auto_prefers_library_calls_for_wide_layers():
-    for dtype, width in ((torch.bfloat16, 1536), (torch.float32, 128)):
+def test_auto_prefers_library_calls_for_wide_layers(monkeypatch):
+    for dtype, tf32, width in ((torch.bfloat16, False, 512), (torch.float32, True, 256)):
+        monkeypatch.setattr(kernels, "allows_tf32", lambda tf32=tf32: tf32)
         assert kernels._pays(dtype, width, width)
         assert not kernels._pays(dtype, width + 1, width + 1)
+        assert kernels._pays(dtype, 4096, width // 2)
+
+
+def test_auto_prefers_library_calls_in_full_float32(monkeypatch):
+    monkeypatch.setattr(kernels, "allows_tf32", lambda: False)
+    assert not kernels._pays(torch.float32, 8, 8)
+
+
+@pytest.mark.slow  # five minutes of interpreter
+@needs_triton
+def test_every_rule_in_the_interpreter(tmp_path):
+    """All rules with signs and dense products by kernels, in groups too."""
+    command = ["tests/rules/test_oracle.py", "-k", "not explicit"]
+    variables = {"TRITON_INTERPRET": "1", "PYRO_FLIPOUT_TRITON": "1"}
+    assert run_cases(tmp_path, *command, **variables) > 2000
