@@ -323,7 +323,7 @@ def table(args, found):
 
 
 def draw(name, found, path):
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for estimator in next(iter(found.values())):
         rows = [rows[estimator] for rows in found.values()]
         middle, low, high = ([row[i] for row in rows] for i in range(3))
@@ -340,7 +340,7 @@ def draw(name, found, path):
     axes.set(xscale="log", xlabel="mini-batch size N", ylabel="time of a step / plain step")
     axes.set(ylim=(0, None), title=name, xticks=list(found), xticklabels=map(str, found))
     axes.minorticks_off()
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(loc="outside center right", frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

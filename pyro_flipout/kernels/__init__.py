@@ -41,9 +41,9 @@ def available(x: Tensor, center: Tensor, delta: Tensor, *biases: Tensor | None) 
 
     What ``auto`` expects was measured on an H200 (``benchmarks/triton_linear.py --graph``): the
     kernel spares reads and writes of data and output, and its products are slower than the
-    library's. It pays while ``K O / (K + O)`` is at most 256 in 16 bits and at most 128 in TF32, and
-    never for float32 without TF32. Its first call of a size tries some shapes of blocks, which
-    takes seconds.
+    library's. It pays while ``K O / (K + O)`` is at most 256 in 16 bits and at most 128 in TF32,
+    and never for float32 without TF32. Its first call of a size tries some shapes of blocks,
+    which takes seconds.
 
     :param x: data, shape ``(*, K)``.
     :param center: shape ``(O, K)``.

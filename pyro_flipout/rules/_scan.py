@@ -27,6 +27,7 @@ def scan(
     weights: Sequence[Tensor],
     has_biases: bool,
     reverse: bool = False,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Runs one direction of one layer on flipped weights.
 
@@ -35,18 +36,19 @@ def scan(
     :param states: first state ``(N, P)``, for an LSTM also the cell state ``(N, H)``.
     :param weights: ``w_ih``, ``w_hh``, perhaps ``b_ih`` and ``b_hh``, perhaps ``w_hr``.
     :param reverse: whether the last step comes first.
+    :param order: the numbers of the examples in the order of their rows, if they are not in turn.
     :returns: output of all steps ``(sum(sizes), P)``, and the last states.
     """
     w_ih, w_hh, *rest = weights
     device, dtype = rows.device.type, w_ih.dtype
     autocast = torch.is_autocast_enabled(device)
     split = [
-        matrices_of(weight, torch.get_autocast_dtype(device) if autocast else dtype)
+        matrices_of(weight, torch.get_autocast_dtype(device) if autocast else dtype, order)
         for weight in (w_ih, w_hh, *rest[2 if has_biases else 0 :])
     ]
     states = [state.to(dtype) for state in states]
     shape = len(states[0]), w_ih.size(0)
-    biases = [explicit_bias(b, shape[0]) for b in rest[:2]] if has_biases else []
+    biases = [explicit_bias(b, shape[0], order) for b in rest[:2]] if has_biases else []
     b_ih, b_hh = biases or [states[0].new_zeros(shape)] * 2
     both = (b_ih + b_hh, None) if cell.one_product else (b_ih, b_hh)
     plan = Plan(cell, sizes, reverse, [pairs for _, pairs in split])

@@ -37,9 +37,12 @@ SignPair = tuple[Tensor | None, Tensor | None]
 # ---------------------------------------------------------------- taking weights apart
 
 
-def matrices_of(weight: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[SignPair]]:
+def matrices_of(
+    weight: Tensor, dtype: torch.dtype, order: Tensor | None = None
+) -> tuple[list[Tensor], list[SignPair]]:
     """The matrices in ``dtype`` whose sum a weight ``(out, in)`` is, and their signs.
 
+    :param order: numbers ``(N,)`` of the examples in the order of the rows, here and below.
     :raises NoRule: if the weight is no matrix, or its signs do not factorise.
     """
     if not isinstance(weight, FlipoutTensor):
@@ -47,11 +50,13 @@ def matrices_of(weight: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[
     if weight.dim() != 2:
         raise NoRule(f"a weight has shape {tuple(weight.shape)} and is no matrix", weight)
     matrices = [weight.center, *(term.delta for term in weight.terms)]
-    pairs = [_sign_pair(weight, term, dtype) for term in weight.terms]
+    pairs = [_sign_pair(weight, term, dtype, order) for term in weight.terms]
     return [m.expand(weight.shape).to(dtype) for m in matrices], [(None, None), *pairs]
 
 
-def _sign_pair(weight: FlipoutTensor, term: Term, dtype: torch.dtype) -> SignPair:
+def _sign_pair(
+    weight: FlipoutTensor, term: Term, dtype: torch.dtype, order: Tensor | None
+) -> SignPair:
     by_dim: tuple[list[Tensor], list[Tensor]] = [], []
     for codes in term.codes:
         varying = [d for d, size in enumerate(codes.shape, 2 - codes.dim()) if size > 1]
@@ -59,24 +64,28 @@ def _sign_pair(weight: FlipoutTensor, term: Term, dtype: torch.dtype) -> SignPai
             raise NoRule("the signs of a weight do not factorise along its dimensions", weight)
         by_dim[varying[0] if varying else 0].append(codes)
     outputs, inputs = (
-        _dense(weight.execution, codes, size, dtype) if codes else None
+        _dense(weight.execution, codes, size, dtype, order) if codes else None
         for codes, size in zip(by_dim, weight.shape, strict=True)
     )
     return inputs, outputs
 
 
 def _dense(
-    execution: Execution, factors: Sequence[Tensor], size: int, dtype: torch.dtype
+    execution: Execution,
+    factors: Sequence[Tensor],
+    size: int,
+    dtype: torch.dtype,
+    order: Tensor | None,
 ) -> Tensor:
     """The signs ``(N, size)`` that are the product of those of some codes."""
     assert execution.num_examples is not None
     out = torch.ones(execution.num_examples, size, dtype=dtype, device=factors[0].device)
     for codes in factors:
         out = execution.factored_signs(codes.flatten(), dtype).times(out, 0, 1)
-    return out
+    return out if order is None else out[order]
 
 
-def explicit_bias(bias: Tensor, num_examples: int) -> Tensor:
+def explicit_bias(bias: Tensor, num_examples: int, order: Tensor | None = None) -> Tensor:
     """The bias ``(N, out)`` that every example sees."""
     if not isinstance(bias, FlipoutTensor):
         return bias.expand(num_examples, -1)
@@ -84,12 +93,12 @@ def explicit_bias(bias: Tensor, num_examples: int) -> Tensor:
         raise NoRule(f"a bias has shape {tuple(bias.shape)} and is no vector", bias)
     out = bias.center.expand(num_examples, -1)
     for term in bias.terms:
-        signs = _dense(bias.execution, term.codes, len(bias), term.delta.dtype)
+        signs = _dense(bias.execution, term.codes, len(bias), term.delta.dtype, order)
         out = out + term.delta * signs
     return out
 
 
-def explicit_state(state: Tensor, dim: int) -> Tensor:
+def explicit_state(state: Tensor, dim: int, order: Tensor | None = None) -> Tensor:
     """A first state whose dimension ``dim`` counts the examples; it may be a weight."""
     if not isinstance(state, FlipoutTensor):
         return state
@@ -97,7 +106,8 @@ def explicit_state(state: Tensor, dim: int) -> Tensor:
     for term in state.terms:
         if any(c.dim() >= from_right and c.size(-from_right) > 1 for c in term.codes):
             raise NoRule("the signs of a first state vary along its example dimension", state)
-    return per_example(state, state.dim(), dim)
+    explicit = per_example(state, state.dim(), dim)
+    return explicit if order is None or not state.terms else explicit.index_select(dim, order)
 
 
 # --------------------------------------------------------------------------- product

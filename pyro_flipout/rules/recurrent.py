@@ -9,21 +9,22 @@ Every weight and bias has signs of its own, and sequence n is computed with
 Under autocast the products are computed in its lower precision; gates, states and results
 stay in that of the weights, as for torch's own cells.
 
-A ``PackedSequence`` made with ``enforce_sorted=False`` comes here sorted by length, without
-its permutation: the examples are numbered in sorted order. Signs of different sites are
-independent, so each sequence still has one joint draw of all the weights, as long as no
-*other* use of the same site counts the examples in another order.
+A ``PackedSequence`` made with ``enforce_sorted=False`` comes here sorted by length, without its
+permutation, which is read off the frame of ``nn.LSTM.forward`` or its like: the examples are
+numbered as in the mini-batch, so that all uses of a site agree on them. Rows that were sorted by
+hand are numbered as they come.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_flipout.errors import ExampleDimError
 from pyro_flipout.rules import _cells
@@ -113,7 +114,7 @@ class Call:
     torch.rnn_tanh,
     torch.rnn_relu,
     flips=FLIPS,
-    limits=f"{LIMITS}; the examples of a PackedSequence are numbered in its sorted order",
+    limits=f"{LIMITS}; torch.lstm called on packed rows numbers the examples in their sorted order",
 )
 def recurrent(op: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     call = Call.bind(op, args, kwargs)
@@ -122,13 +123,14 @@ def recurrent(op: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor
     _count((call.params, states), call.input, call.num_sequences)
     if all(weight.execution.is_single for weight in _flipped((call.params, states))):
         return op(*unwrap(args), **unwrap(kwargs))  # type: ignore[no-any-return]
-    states = [explicit_state(state, 1) for state in states]
+    order = _order(call)
+    states = [explicit_state(state, 1, order) for state in states]
     rows, sizes = call.rows()
     num_directions = 2 if call.bidirectional else 1
     ends = []
     for layer, params in enumerate(_chunks(call.params, call.num_layers)):
         own = [state[layer * num_directions :][:num_directions] for state in states]
-        rows, *end = _layer(call, rows, sizes, own, params, num_directions)
+        rows, *end = _layer(call, rows, sizes, own, params, order)
         ends.append(end)
         if call.train and layer < call.num_layers - 1:
             rows = F.dropout(rows, call.dropout)
@@ -141,7 +143,7 @@ def _layer(
     sizes: list[int],
     states: Sequence[Tensor],
     params: Sequence[Tensor],
-    num_directions: int,
+    order: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """All directions of one layer: rows of the output, last states ``(D, N, ...)``."""
     if not any(isinstance(p, FlipoutTensor) and p.terms for p in params):
@@ -151,11 +153,29 @@ def _layer(
         hx, batch_sizes = (first, *more) if more else first, torch.tensor(sizes, device="cpu")
         return tuple(call.op(rows, batch_sizes, hx, params, *options))
     results = [
-        scan(CELLS[call.op], rows, sizes, [s[d] for s in states], own, call.has_biases, d == 1)
-        for d, own in enumerate(_chunks(params, num_directions))
+        scan(
+            CELLS[call.op], rows, sizes, [s[d] for s in states], own, call.has_biases, d == 1, order
+        )
+        for d, own in enumerate(_chunks(params, len(states[0])))
     ]
     out, *ends = zip(*results, strict=True)
     return torch.cat(out, -1), *(torch.stack(end) for end in ends)
+
+
+_FORWARDS = {layer.forward.__code__ for layer in (nn.LSTM, nn.GRU, nn.RNN)}
+
+
+def _order(call: Call) -> Tensor | None:
+    """The examples in the order of the packed rows, None if that is how they are numbered."""
+    frame = sys._getframe(2) if call.batch_sizes is not None else None
+    for _ in range(12):  # the frames of the dispatch
+        if frame is None:
+            return None
+        if frame.f_code in _FORWARDS and frame.f_locals.get("input") is call.input:
+            order: Tensor | None = frame.f_locals.get("sorted_indices")
+            return order
+        frame = frame.f_back
+    return None
 
 
 def _chunks(params: Sequence[Tensor], count: int) -> Iterator[Sequence[Tensor]]:

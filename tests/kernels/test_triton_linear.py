@@ -185,6 +185,6 @@ def test_auto_prefers_library_calls_in_full_float32(monkeypatch):
 @needs_triton
 def test_every_rule_in_the_interpreter(tmp_path):
     """All rules with signs and dense products by kernels, in groups too."""
-    command = ["tests/rules/test_oracle.py", "-k", "not explicit"]
+    command = ["tests/rules/test_oracle.py", "-k", "not explicit", "-n", "2"]
     variables = {"TRITON_INTERPRET": "1", "PYRO_FLIPOUT_TRITON": "1"}
     assert run_cases(tmp_path, *command, **variables) > 2000

@@ -73,7 +73,7 @@ class Net(nn.Module):
         x = self.first(x)
         if lengths is None:
             return self.head(self.rnn(x)[0])
-        packed = pack_padded_sequence(x, lengths, batch_first=True)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         out, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=T)
         return self.head(out)
 
@@ -102,9 +102,9 @@ def test_network_with_projection():
     check_network(net, AutoNormal, torch.randn(N, T, I))
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS.sort(descending=True).values], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_network_on_packed_sequences(kind):
-    lengths = LENGTHS.sort(descending=True).values
+def test_network_on_packed_sequences(kind, lengths):
     check_network(Net(kind, bidirectional=True), AutoNormal, torch.randn(N, T, I), lengths)
 
 
@@ -220,18 +220,54 @@ def test_packed_is_every_sequence_alone(kind):
         assert_equal([part[:, n] for part in leaves(state)], [part[:, 0] for part in leaves(s)])
 
 
-def test_unsorted_packed_numbers_the_examples_in_sorted_order():
-    module = nn.LSTM(I, H, batch_first=True)
-    weights = flipped(module)
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_unsorted_packed_numbers_the_examples_as_they_come(kind, group_size):
+    module = kind(I, H, num_layers=2, bidirectional=True, batch_first=True)
+    weights = flipped(module, group_size=group_size)
     x = torch.randn(N, T, I)
     packed = pack_padded_sequence(x, LENGTHS, batch_first=True, enforce_sorted=False)
-    out, (h, c) = functional_call(module, weights, (packed,))
+    out, state = functional_call(module, weights, (packed,))
     out, _ = pad_packed_sequence(out, batch_first=True)
-    order = packed.sorted_indices
-    alone = [x[i, : LENGTHS[i]][None] for i in order]
-    for n, (o, (hn, cn)) in enumerate(one_by_one(module, weights, alone)):
-        i = order[n]
-        assert_equal((out[i, : LENGTHS[i]], h[:, i], c[:, i]), (o[0], hn[:, 0], cn[:, 0]))
+    alone = [row[:length][None] for row, length in zip(x, LENGTHS, strict=True)]
+    for n, (o, s) in enumerate(one_by_one(module, weights, alone)):
+        assert_equal(out[n, : LENGTHS[n]], o[0])
+        assert_equal([part[:, n] for part in leaves(state)], [part[:, 0] for part in leaves(s)])
+
+
+def test_two_packed_sequences_that_are_sorted_apart():
+    """One draw of the weights for each example, whatever the orders (two sentences of a pair)."""
+    module = nn.GRU(I, H, batch_first=True)
+    weights = flipped(module)
+    x = torch.randn(2, N, T, I)
+    lengths = LENGTHS, LENGTHS.flip(0)
+
+    def last(x, lengths):
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return functional_call(module, weights, (packed,))[1][0]
+
+    both = last(x[0], lengths[0]) * last(x[1], lengths[1])
+    explicit = {name: w.materialize() for name, w in weights.items()}
+    for n in range(N):
+        own = {name: w[n] for name, w in explicit.items()}
+        one, two = (
+            functional_call(module, own, (s[n, : length[n]][None],))[1][0, 0]
+            for s, length in zip(x, lengths, strict=True)
+        )
+        assert_equal(both[n], one * two)
+
+
+def test_flipped_state_of_unsorted_packed():
+    module, execution = nn.GRU(I, H, batch_first=True), Execution()
+    weights = dict(module.named_parameters())
+    center, delta = torch.randn(1, 1, H), torch.randn(1, 1, H)
+    h0 = flip(center + delta, center, delta, site="h0", execution=execution)
+    x = torch.randn(N, T, I)
+    packed = pack_padded_sequence(x, LENGTHS, batch_first=True, enforce_sorted=False)
+    _, h = functional_call(module, weights, (packed, h0.expand(1, N, H)))
+    for n, state in enumerate(h0.materialize()):
+        _, own = functional_call(module, weights, (x[n : n + 1, : LENGTHS[n]], state))
+        assert_equal(h[:, n], own[:, 0])
 
 
 def test_packed_names_another_number_of_sequences():
