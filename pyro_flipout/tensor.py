@@ -172,6 +172,7 @@ class Execution:
         self._group_size = group_size
         self.num_examples: int | None = None
         self.particles_seen = False
+        self.joined_one = False  # one row of a weight, perhaps to data of one example
         self._on_shared = on_shared or warn_shared
         self._signs: dict[tuple[Any, ...], tuple[Tensor, Signs]] = {}
         self._codes: dict[torch.device, tuple[Tensor, int]] = {}  # drawn, and how many are taken
@@ -219,6 +220,11 @@ class Execution:
     def group_size(self) -> int:
         """How many neighbouring examples have their signs in common."""
         return self._group_size
+
+    def settle(self) -> None:
+        """Where nothing else tells, one row that was joined to a weight is the mini-batch."""
+        if self.joined_one and self.num_examples is None:
+            self.num_examples = 1
 
     @property
     def is_single(self) -> bool:
@@ -744,6 +750,8 @@ def _share(flipped: Sequence[FlipoutTensor], reason: str) -> None:
 
 
 def _missing_rule(name: str, flipped: Sequence[FlipoutTensor], reason: str) -> None:
+    for weight in flipped:
+        weight.execution.settle()
     if all(w.execution.is_single for w in flipped):
         return  # one example sees the shared draw, whatever the operation
     site = " and ".join(dict.fromkeys(w.site for w in flipped))

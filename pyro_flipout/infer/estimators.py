@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from pyro_flipout.poutine.handlers import flipout, independent, local_reparameterization
 
-__all__ = ["ESTIMATORS", "estimators_of"]
+__all__ = ["ESTIMATORS", "estimators_of", "wrapped_by"]
 
 Estimator: TypeAlias = Callable[[Any], Any]
 
@@ -18,6 +18,21 @@ Estimator: TypeAlias = Callable[[Any], Any]
 def _shared(model: Any) -> Any:
     """No handler: one draw of the weights for the whole mini-batch."""
     return model
+
+
+def wrapped_by(estimators: Mapping[str, Estimator], model: Any) -> dict[str, Any]:
+    """The model of each estimator.
+
+    :raises TypeError: if an estimator returns no model.
+    """
+    wrapped = {name: wrap(model) for name, wrap in estimators.items()}
+    for name, result in wrapped.items():
+        if not callable(result):
+            raise TypeError(
+                f"gradient_variance: estimator {name!r} turned the model into {result!r}, expected "
+                "a function that takes a model and returns it wrapped"
+            )
+    return wrapped
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -33,9 +48,16 @@ def estimators_of(wanted: Iterable[str] | Mapping[str, Estimator]) -> dict[str, 
     """Looks up estimators by name.
 
     :param wanted: names, or a mapping from names of your own to functions that wrap a model.
-    :raises ValueError: if a name is unknown.
+    :raises ValueError: if a name is unknown, or there is none.
+    :raises TypeError: if a mapping has values that are no functions.
     """
-    if isinstance(wanted, Mapping):
+    if isinstance(wanted, Mapping) and wanted:
+        for name, wrap in wanted.items():
+            if not callable(wrap):
+                raise TypeError(
+                    f"gradient_variance: estimator {name!r} is {wrap!r}, expected a function that "
+                    "takes the model and returns it wrapped, such as flipout(group_size=32)"
+                )
         return dict(wanted)
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     unknown = [name for name in names if name not in ESTIMATORS]

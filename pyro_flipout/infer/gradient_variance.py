@@ -20,7 +20,7 @@ from pyro_flipout.infer._gradients import Sampler, pieces_of
 from pyro_flipout.infer._minibatches import Batches, Data
 from pyro_flipout.infer._moments import Moments, Spread
 from pyro_flipout.infer._variance_table import Table
-from pyro_flipout.infer.estimators import Estimator, estimators_of
+from pyro_flipout.infer.estimators import Estimator, estimators_of, wrapped_by
 from pyro_flipout.poutine.flipout_messenger import Continuation
 from pyro_flipout.poutine.symmetric_draw import Message
 from pyro_flipout.tensor import FlipoutTensor
@@ -113,7 +113,7 @@ def gradient_variance(
         Yeming Wen, Paul Vicol, Jimmy Ba, Dustin Tran, Roger Grosse,
         https://arxiv.org/abs/1803.04386
     """
-    wrapped = {name: wrap(model) for name, wrap in estimators_of(estimators).items()}
+    wrapped = wrapped_by(estimators_of(estimators), model)
     if num_repeats < 2:
         raise ValueError(f"gradient_variance: got num_repeats={num_repeats}, expected at least 2")
     data = Data(tuple(args), dict(kwargs or {}), example_dim, batches)

@@ -126,11 +126,10 @@ class OwnDrawsMessenger(FlipoutMessenger):
 
     tensor: ClassVar[type[OwnDrawsTensor]]
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        if self.group_size != 1:
+    def _check_group_size(self, group_size: int) -> None:
+        if group_size != 1:
             raise ValueError(
-                f"{self.tensor.estimator}: got group_size={self.group_size}, expected 1: it has no "
+                f"{self.tensor.estimator}: got group_size={group_size}, expected 1: it has no "
                 "signs that a group could share; leave it out"
             )
 

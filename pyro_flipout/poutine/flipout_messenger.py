@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import numbers
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -89,7 +90,7 @@ class FlipoutMessenger(Messenger):
         group_size: int = 1,
     ) -> None:
         super().__init__()
-        if isinstance(example_dim, bool) or not isinstance(example_dim, int) or example_dim < 0:
+        if not _is_integer(example_dim) or example_dim < 0:
             raise ValueError(
                 f"flipout: got example_dim={example_dim!r}, expected an integer >= 0, counted from "
                 "the left of the data: 0 for (N, ...), 1 for time-major (T, N, ...)"
@@ -98,12 +99,7 @@ class FlipoutMessenger(Messenger):
             raise ValueError(
                 f'flipout: got on_missing_rule={on_missing_rule!r}, expected "warn" or "error"'
             )
-        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-            raise ValueError(
-                f"flipout: got group_size={group_size!r}, expected an integer >= 1, the number of "
-                "neighbouring examples that share their signs"
-            )
-        self.example_dim = example_dim
+        self.example_dim = int(example_dim)
         self.group_size = group_size
         self.on_missing_rule = on_missing_rule
         self.hide = _names("hide", hide)
@@ -118,6 +114,23 @@ class FlipoutMessenger(Messenger):
         self._joint: dict[str, NoDraw] = {}
         self._most_examples = 0
         self._forget()
+
+    @property
+    def group_size(self) -> int:
+        """How many neighbouring examples of the mini-batch share their signs."""
+        return self._group_size
+
+    @group_size.setter
+    def group_size(self, group_size: int) -> None:
+        self._check_group_size(group_size)
+        self._group_size = int(group_size)
+
+    def _check_group_size(self, group_size: int) -> None:
+        if not _is_integer(group_size) or group_size < 1:
+            raise ValueError(
+                f"flipout: got group_size={group_size!r}, expected an integer >= 1, the number of "
+                "neighbouring examples that share their signs"
+            )
 
     def _check_choice(self) -> None:
         if self.hide_fn is not None and self.expose_fn is not None:
@@ -362,6 +375,10 @@ class FlipoutMessenger(Messenger):
                 f"all {num_examples} examples are one group and see the shared draw, since "
                 f"group_size={self.group_size}; set it to a fraction of the mini-batch",
             )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 class Continuation:

@@ -219,12 +219,24 @@ def _choice(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tenso
     return bound["condition"], bound["input"], bound["other"]
 
 
+def _has_more_rows(data: Tensor, weight: FlipoutTensor) -> bool:
+    """Whether the weight is without the example dimension of ``data``, or repeats along it.
+
+    As a mask token ``(1, 1, D)`` or one expanded does, with a dimension of tokens and one of
+    features: a matrix may repeat its rows for another reason.
+    """
+    own, dim = weight.dim() - weight.lead_dims, weight.execution.example_dim
+    if data.dim() != own or own < 3 or weight.lead_dims or dim >= own or data.size(dim) < 2:
+        return data.dim() > own
+    return weight.size(dim) == 1 or (weight.size(dim) == data.size(dim) and repeats(weight, dim))
+
+
 def _dim_of_choice(condition: Any, a: Any, b: Any) -> int | None:
     """Dimension of the result that counts the examples; ``None`` if there are no data."""
     weight, data = (a, b) if isinstance(a, FlipoutTensor) else (b, a)
     if not isinstance(weight, FlipoutTensor) or isinstance(condition, FlipoutTensor):
         return None
-    if not isinstance(data, Tensor) or data.dim() <= weight.dim() - weight.lead_dims:
+    if not isinstance(data, Tensor) or not _has_more_rows(data, weight):
         return None  # a condition alone may be a constant
     if torch.broadcast_shapes(condition.shape, data.shape) != data.shape:
         return None  # the condition has the examples, or more of them

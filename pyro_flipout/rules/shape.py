@@ -388,6 +388,8 @@ def _beside_data(tensors: Sequence[Tensor], dim: int) -> list[Tensor] | None:
     if any(w.lead_dims for w in weights):
         return None
     size = weights[0].size(example_dim)
+    if size == 1:
+        weights[0].execution.joined_one = True
     if size < 2 or not all(repeats(w, example_dim) for w in weights):
         return None
     weights[0].execution.count(size, f"data of shape {tuple(tensors[0].shape)}")

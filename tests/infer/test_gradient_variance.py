@@ -349,6 +349,19 @@ def test_wrong_options(options, message):
         gradient_variance(model, guide, args, **QUIET, **options)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (lambda model: None, "estimator 'mine' turned the model into None"),
+        ("flipout", "estimator 'mine' is 'flipout', expected a function"),
+    ],
+)
+def test_estimators_that_wrap_nothing(estimator, message):
+    model, guide, args = regression()
+    with pytest.raises(TypeError, match=message):
+        gradient_variance(model, guide, args, estimators={"mine": estimator}, **QUIET)
+
+
 def test_no_data():
     model, guide, _ = regression()
     with pytest.raises(ValueError, match="args have 0 rows"):

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pyro
 import pyro.poutine as poutine
 import pytest
@@ -109,6 +110,15 @@ def test_a_last_smaller_mini_batch_is_not_told():
 def test_not_a_size(group_size):
     with pytest.raises(ValueError, match=f"group_size={group_size!r}, expected an integer >= 1"):
         flipout(group_size=group_size)
+    handler = flipout(group_size=2)
+    with pytest.raises(ValueError, match=f"group_size={group_size!r}, expected an integer >= 1"):
+        handler.group_size = group_size
+    assert handler.group_size == 2
+
+
+def test_numpy_integers_are_integers():
+    handler = flipout(group_size=np.int64(4), example_dim=np.int32(1))
+    assert repr(handler) == repr(flipout(group_size=4, example_dim=1))
 
 
 @pytest.mark.parametrize("handler", [independent, local_reparameterization])

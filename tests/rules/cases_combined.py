@@ -169,6 +169,18 @@ case(
 )
 case(
     torch.where,
+    "a mask token with the examples' dimension",
+    lambda: (data(N, 6, 3), *weights((1, 1, 3), (4, 3))),
+    fn=lambda x, token, w: torch.relu(F.linear(torch.where(x[..., :1] > 0, x, token), w)),
+)
+case(
+    torch.where,
+    "a mask token repeated for every example",
+    lambda: (data(N, 6, 3), *weights((1, 1, 3), (4, 3))),
+    fn=lambda x, t, w: F.linear(torch.where(x[..., :1] > 0, t.expand(len(x), 1, 3), x), w),
+)
+case(
+    torch.where,
     "a mask of features",
     lambda: (data(N, 3), *weights((3,), (2, 3))),
     fn=lambda x, token, w: F.linear(torch.where(torch.ones(1, 3) > 0, token, x), w),

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_flipout import FlipoutError, FlipoutWarning, MissingRuleError, flipout
 from pyro_flipout.tensor import Execution, FlipoutTensor, flip
-from pyro_flipout.testing import random_weight
+from pyro_flipout.testing import check_rule, random_weight
 from tests.rules.cases import N, data, weights
 from tests.rules.networks import CLOSE, assert_same, by_example, flipped
 
@@ -333,6 +333,25 @@ def test_one_example_needs_no_rule():
     torch.testing.assert_close(y**2 + w.exp(), (y**2 + w.plain.exp()))
     assert type(y) is torch.Tensor
     assert not w.draws[0].shared
+
+
+@pytest.mark.parametrize("use", [F.linear, lambda x, w: torch.tanh(x) @ w])
+def test_one_example_whose_first_operation_joins_a_class_token(use):
+    """Nothing counted it yet, but a row joined to a weight is one example where no rule helps."""
+    execution = Execution(on_missing_rule="error")
+    token, w = (random_weight(*s, execution=execution) for s in ((1, 1, 3), (3, 3)))
+    x = data(1, 4, 3)
+    y = use(torch.cat([token.expand(len(x), 1, 3), x], 1), w)
+    torch.testing.assert_close(y, use(torch.cat([token.plain, x], 1), w.plain))
+    assert not token.draws[0].shared
+    assert not w.draws[0].shared
+
+
+def test_a_weight_joined_to_a_constant_is_not_one_example():
+    pad = torch.zeros(1, 2, 1, dtype=torch.float64)
+    check_rule(
+        lambda x, w: F.conv1d(x, torch.cat([w, pad], 2)), data(N, 2, 6), random_weight(1, 2, 3)
+    )
 
 
 def test_a_mask_with_as_many_rows_as_examples_is_no_data():
