@@ -387,12 +387,13 @@ def _beside_data(tensors: Sequence[Tensor], dim: int) -> list[Tensor] | None:
         return None
     if any(w.lead_dims for w in weights):
         return None
-    size = weights[0].size(example_dim)
-    if size == 1:
-        weights[0].execution.joined_one = True
-    if size < 2 or not all(repeats(w, example_dim) for w in weights):
+    size, execution = weights[0].size(example_dim), weights[0].execution
+    if size == 1 and execution.num_examples != 1:  # perhaps one example, perhaps none
+        execution.joined_one = True
         return None
-    weights[0].execution.count(size, f"data of shape {tuple(tensors[0].shape)}")
+    if not size or not all(repeats(w, example_dim) for w in weights):
+        return None
+    execution.count(size, f"data of shape {tuple(tensors[0].shape)}")
     return [_explicit_along(t, example_dim) if isinstance(t, FlipoutTensor) else t for t in tensors]
 
 

@@ -5,6 +5,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from pyro_flipout.infer import Exploration, exploration
@@ -32,6 +33,27 @@ def test_explicit_policies(policy, rows, float64):
     for ended in ([0, 0, 0, 0, 0], [0, 1, 0, 0, 1], [1, 0, 0, 0, 0]):
         explore.resample(torch.tensor(ended, dtype=torch.bool))
         assert_explicit(explore, data(ENVS * rows), rows)
+
+
+class TokenPolicy(nn.Module):
+    """Its first operation joins a class token to the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.head = nn.Parameter(torch.randn(1, 1, 3)), nn.Linear(3, 2)
+
+    def forward(self, x):
+        tokens = torch.cat([self.token.expand(len(x), 1, 3), x], 1)
+        return torch.relu(self.head(tokens)).mean(1)
+
+
+@pytest.mark.parametrize("envs", [1, 2])
+def test_class_token_of_one_environment(envs, float64):
+    explore = Exploration(TokenPolicy(), sigma=0.3, num_envs=envs)
+    x = torch.randn(envs, 4, 3)
+    for n, out in enumerate(explore(x)):
+        own = functional_call(explore.module, explore.policy(n), (x[n : n + 1],))
+        torch.testing.assert_close(out, own[0].detach(), atol=1e-10, rtol=1e-10)
 
 
 def test_planted_bug(float64, monkeypatch):
