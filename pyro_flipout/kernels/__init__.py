@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_flipout._modes import transformed
+from pyro_flipout.errors import warn
 
 __all__ = ["available", "flipped_linear", "possible", "signs_available"]
 
@@ -105,15 +106,21 @@ def _mode() -> str:
 
 
 def _can(x: Tensor, mode: str) -> bool:
-    """Whether Triton is there.
+    """Whether Triton is there and works.
 
-    :raises ImportError: if it was asked for and is not.
+    :raises ImportError: if it was asked for and is not there.
+    :raises RuntimeError: if it was asked for and does not work.
     """
-    if not _installed() and mode == "1" and x.is_cuda:
-        raise ImportError(
-            f"{_VARIABLE} is 1, but Triton is not installed; install triton, or set it to auto"
-        )
-    return _installed()
+    if not _installed():
+        if mode == "1" and x.is_cuda:
+            raise ImportError(
+                f"{_VARIABLE} is 1, but Triton is not installed; install triton, or set it to auto"
+            )
+        return False
+    failure = _failure(x.device) if x.is_cuda else None
+    if failure is not None and mode == "1":
+        raise RuntimeError(f"{_VARIABLE} is 1, but Triton cannot run a kernel here") from failure
+    return failure is None
 
 
 @functools.cache
@@ -123,6 +130,34 @@ def _installed() -> bool:
     except ImportError:
         return False
     return True
+
+
+@functools.cache
+def _failure(device: torch.device) -> Exception | None:
+    """What Triton raises when it runs its first kernel, of which it warns; None if nothing.
+
+    It needs a C compiler, which a container may lack, and a GPU that is not too old.
+    """
+    try:
+        _try_kernel(device)
+    except Exception as failure:
+        warn(
+            f"Triton cannot run a kernel on {device} ({type(failure).__name__}: {failure}); signs "
+            "and products are computed by library calls, which takes longer: mend it (it needs a "
+            f"C compiler), or set {_VARIABLE}=0"
+        )
+        return failure
+    return None
+
+
+def _try_kernel(device: torch.device) -> None:
+    from pyro_flipout.kernels import triton_signs
+    from pyro_flipout.kernels._launch import Flips
+
+    # Example 1 has the odd integer 3, which has one bit in common with the code 2.
+    codes = torch.full((2,), 2, dtype=torch.int32, device=device)
+    x = torch.ones(2, 2, device=device)
+    triton_signs.flipped(x, codes, Flips(None, None, None, 2, 1), 0, 1)
 
 
 def _plain(tensors: list[Tensor]) -> bool:

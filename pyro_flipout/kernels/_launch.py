@@ -124,7 +124,7 @@ def flip(
     assert like is not None, "there is something to flip"
     arguments = flips.rows() | {"rows_each": layout.rows_each}
     with _on_device(out):
-        _triton.flips[(-(-layout.rows // bm), -(-layout.columns // bc))](
+        _triton.flips[(-(-layout.rows // bm) * -(-layout.columns // bc),)](
             x, out, codes, center, delta, bias_codes, layout.rows, layout.columns, like.numel(),
             ALONG_ROWS=layout.along_rows, HAS_X=x is not None, ADD=add, HAS_BIAS=bias is not None,
             ACC=_triton.DTYPES[_accumulator(out.dtype)], BM=bm, BC=bc, **arguments,

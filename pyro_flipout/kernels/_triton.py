@@ -168,8 +168,8 @@ def flips(
     Codes and biases (count,) belong to the columns, or ALONG_ROWS to row ``r`` that of
     ``r % count``.
     """
-    r = tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    pid, across = tl.program_id(0), tl.cdiv(COLUMNS, BC)
+    r, c = pid // across * BM + tl.arange(0, BM), pid % across * BC + tl.arange(0, BC)
     inside = (r[:, None] < ROWS) & (c[None, :] < COLUMNS)
     where = r.to(tl.int64)[:, None] * COLUMNS + c[None, :]
     odd = _odd_integers(r, rows_each, examples, group_size)

@@ -378,6 +378,10 @@ def test_left_to_library_calls(launches, monkeypatch):
     assert not launches
 
 
+def test_the_kernel_that_is_tried_first():
+    kernels._try_kernel(torch.device(DEVICE))
+
+
 def test_auto_is_not_the_interpreter(monkeypatch):
     monkeypatch.delenv("PYRO_FLIPOUT_TRITON")
     x, w = data(5, 3, dtype=torch.bfloat16), weight(2, 3, dtype=torch.bfloat16)

@@ -6,11 +6,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pyro_flipout import kernels
+from pyro_flipout import FlipoutWarning, kernels
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(
@@ -139,6 +140,31 @@ def test_forced_without_triton(monkeypatch):
     monkeypatch.setenv("PYRO_FLIPOUT_TRITON", "1")
     with pytest.raises(ImportError, match="Triton is not installed"):
         kernels.available(*(t.cuda() for t in ARGUMENTS))
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Triton is there and cannot compile, as in a container without a C compiler."""
+
+    def fail(device):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(kernels, "_try_kernel", fail)
+    monkeypatch.setattr(kernels, "_installed", lambda: True)
+    kernels._failure.cache_clear()
+    yield SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    kernels._failure.cache_clear()
+
+
+def test_broken_triton_is_told_once(broken):
+    with pytest.warns(FlipoutWarning, match="cuda:0 .*find C compiler.*library calls.*TRITON=0"):
+        assert not kernels._can(broken, "auto")
+    assert not kernels._can(broken, "auto")
+
+
+def test_forced_on_broken_triton(broken):
+    with pytest.warns(FlipoutWarning), pytest.raises(RuntimeError, match="is 1, but Triton cannot"):
+        kernels._can(broken, "1")
 
 
 PRECISIONS = """
