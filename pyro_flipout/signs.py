@@ -262,15 +262,15 @@ class Signs:
         if self._in_kernel(out, x):
             from pyro_flipout.kernels import triton_signs
 
-            coded, together = None, bias is not None and bias[2]._in_kernel(out)
-            if bias is not None and together:
-                coded = bias[0], bias[1], bias[2]._coded()[0]
             self._check(out, dim)
-            if triton_signs.add_flipped(out, x, *self._coded(), example_dim, dim, coded):
-                bias = None if together else bias
-                return out if bias is None else _add_bias(out, bias, example_dim, dim)
+            together = None
+            if bias is not None and bias[2]._in_kernel(out):
+                together = bias[0], bias[1], bias[2]._coded()[0]
+            if triton_signs.add_flipped(out, x, *self._coded(), example_dim, dim, together):
+                done = bias is None or together is not None
+                return out if done else _add_bias(out, bias, example_dim, dim)
         self._add_times(out, x, example_dim, dim)
-        return out if bias is None else _add_bias(out, bias, example_dim, dim)
+        return _add_bias(out, bias, example_dim, dim)
 
     def _add_times(self, out: Tensor, x: Tensor, example_dim: int, dim: int) -> Tensor:
         low, high = self._place(x, example_dim, dim)
@@ -387,7 +387,9 @@ SignedBias = tuple[Tensor, Tensor, Signs]
 """Centre and perturbation of a bias, and the signs of the latter."""
 
 
-def _add_bias(out: Tensor, bias: SignedBias, example_dim: int, dim: int) -> Tensor:
+def _add_bias(out: Tensor, bias: SignedBias | None, example_dim: int, dim: int) -> Tensor:
+    if bias is None:
+        return out
     center, delta, signs = bias
     return signs.add_vectors(out, center, delta, example_dim, dim)
 

@@ -27,7 +27,10 @@ _INTERPRETER = "TRITON_INTERPRET" in os.environ  # Triton too reads it only once
 
 def possible(x: Tensor) -> bool:
     """Whether it is worth asking :func:`available`, at no cost where the data are on the CPU."""
-    return x.is_cuda or _INTERPRETER
+    if not (x.is_cuda or _INTERPRETER):
+        return False
+    mode = _mode()
+    return mode == "1" or (mode == "auto" and _installed())
 
 
 def available(x: Tensor, center: Tensor, delta: Tensor, *biases: Tensor | None) -> bool:
@@ -57,7 +60,7 @@ def available(x: Tensor, center: Tensor, delta: Tensor, *biases: Tensor | None) 
         return False
     mode = _mode()
     tensors = [t for t in (x, center, delta, *biases) if t is not None]
-    if mode == "0" or _transformed() or not _plain(tensors) or not _fit(*tensors):
+    if _transformed() or not _plain(tensors) or not _fit(*tensors):
         return False
     if not _can(x, mode):
         return False
@@ -74,7 +77,7 @@ def signs_available(*tensors: Tensor) -> bool:
     if not possible(tensors[0]):
         return False
     mode = _mode()
-    if mode == "0" or _transformed() or not _plain(list(tensors)) or not _can(tensors[0], mode):
+    if _transformed() or not _plain(list(tensors)) or not _can(tensors[0], mode):
         return False
     from pyro_flipout.kernels import _triton
 

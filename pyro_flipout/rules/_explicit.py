@@ -149,13 +149,7 @@ def explicit_gradients(
         if into_center is not None:
             into_center.add_(_sum(of_weights))
         if into_delta is not None:
-            *first, last = (s[groups] for s in signs)
-            for factor in first:
-                of_weights.mul_(factor)
-            if len(of_weights) == 1:
-                into_delta.addcmul_(of_weights[0], last[0])
-            else:
-                into_delta.add_(of_weights.mul_(last).sum(0))
+            _add_flipped(into_delta, of_weights, [s[groups] for s in signs])
     return into_data, into_center, into_delta
 
 
@@ -163,6 +157,17 @@ def _buffer(plan: Explicit, weight: Tensor) -> Tensor:
     if weight.dim() == 2 and weight.stride(0) < weight.stride(1):  # a transpose, read in its order
         return weight.new_empty(plan.at_once, *weight.t().shape).transpose(1, 2)
     return weight.new_empty(plan.at_once, *weight.shape)
+
+
+def _add_flipped(total: Tensor, parts: Tensor, signs: Sequence[Tensor]) -> None:
+    """Adds the sum of ``parts`` times all their signs, at the cost of ``parts``."""
+    *first, last = signs
+    for factor in first:
+        parts.mul_(factor)
+    if len(parts) == 1:
+        total.addcmul_(parts[0], last[0])
+    else:
+        total.add_(parts.mul_(last).sum(0))
 
 
 def _sum(parts: Tensor) -> Tensor:
