@@ -173,6 +173,7 @@ class Execution:
         self.num_examples: int | None = None
         self.particles_seen = False
         self.joined_one = False  # one row of a weight, perhaps to data of one example
+        self.picked: set[str] = set()  # sites of which entries were picked by a tensor of indices
         self._on_shared = on_shared or warn_shared
         self._signs: dict[tuple[Any, ...], tuple[Tensor, Signs]] = {}
         self._codes: dict[torch.device, tuple[Tensor, int]] = {}  # drawn, and how many are taken
@@ -756,6 +757,11 @@ def _missing_rule(name: str, flipped: Sequence[FlipoutTensor], reason: str) -> N
         return  # one example sees the shared draw, whatever the operation
     site = " and ".join(dict.fromkeys(w.site for w in flipped))
     remedy = "register a rule with pyro_flipout.implements, or hide it with flipout(hide=[...])"
+    if any(draw.site in w.execution.picked for w in flipped for draw in w.draws):
+        remedy = (
+            "to pick an entry for each example write "
+            f"F.embedding(index, w.unsqueeze(-1)).squeeze(-1) in place of w[index]; else {remedy}"
+        )
     if any(w.execution.on_missing_rule == "error" for w in flipped):
         raise MissingRuleError(f"flipout: site '{site}': in {name}, {reason}; {remedy}")
     _share(flipped, f"in {name}, {reason}; {remedy}")

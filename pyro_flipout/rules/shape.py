@@ -153,7 +153,17 @@ _GETTERS = (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH)
 def view(op: Callable[..., Tensor], input: FlipoutTensor, *args: Any, **kwargs: Any) -> Tensor:
     if any(isinstance(arg, FlipoutTensor) for arg in args):
         raise NoRule("a flipped weight cannot be an index")
+    if any(_picks(arg) for arg in args):
+        input.execution.picked.update(draw.site for draw in input.draws)
     return map_entries(input, lambda value: op(value, *args, **kwargs))
+
+
+def _picks(index: Any) -> bool:
+    if isinstance(index, tuple):
+        return any(_picks(i) for i in index)
+    return isinstance(index, Tensor) and not (
+        index.is_floating_point() or index.dtype == torch.bool
+    )
 
 
 @implements(

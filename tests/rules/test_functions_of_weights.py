@@ -384,6 +384,32 @@ def test_rows_of_a_parameter_are_data():
     torch.testing.assert_close(out, torch.stack(expected), **CLOSE)
 
 
+@pytest.mark.parametrize(
+    "pick", [lambda e, i: e[i], lambda e, i: (e + 1)[i], lambda e, i: e[i, None]]
+)
+def test_picked_entries_name_the_lookup(pick):
+    index = torch.tensor([0, 2, 2, 1, 0])
+    effects = random_weight(3)
+    with pytest.warns(FlipoutWarning, match=r"write F.embedding\(index, .* in place of w\[index\]"):
+        pick(effects, index) ** 2
+
+
+def test_other_operations_do_not_name_the_lookup():
+    w = random_weight(3)
+    w[:2], w[torch.tensor([True, False, True])], w[0]
+    with pytest.warns(FlipoutWarning, match="there is no flipout rule; register a rule"):
+        w**2
+
+
+def test_lookup_of_random_effects():
+    index = torch.tensor([0, 2, 2, 1, 0])
+    check_rule(
+        lambda i, e, m: F.embedding(i, (e + m).unsqueeze(-1)).squeeze(-1) ** 2,
+        index,
+        *weights((3,), ()),
+    )
+
+
 def test_no_examples_beside_a_class_token():
     token, x = random_weight(1, 1, 3), data(0, 4, 3)
     out = torch.cat([token.expand(0, -1, -1), x], 1)
