@@ -174,6 +174,7 @@ class Execution:
         self.particles_seen = False
         self.joined_one = False  # one row of a weight, perhaps to data of one example
         self.picked: set[str] = set()  # sites of which entries were picked by a tensor of indices
+        self._held: list[Callable[[], None]] = []  # what to tell unless there is one example
         self._on_shared = on_shared or warn_shared
         self._signs: dict[tuple[Any, ...], tuple[Tensor, Signs]] = {}
         self._codes: dict[torch.device, tuple[Tensor, int]] = {}  # drawn, and how many are taken
@@ -209,6 +210,8 @@ class Execution:
         """
         if self.num_examples is None:
             self.num_examples = num_examples
+            if not self.is_single:
+                self.tell_held()
         elif self.num_examples != num_examples:
             raise NotExamples(
                 f"{counted_on} has {num_examples} rows in its dimension "
@@ -221,11 +224,6 @@ class Execution:
     def group_size(self) -> int:
         """How many neighbouring examples have their signs in common."""
         return self._group_size
-
-    def settle(self) -> None:
-        """Where nothing else tells, one row that was joined to a weight is the mini-batch."""
-        if self.joined_one and self.num_examples is None:
-            self.num_examples = 1
 
     @property
     def is_single(self) -> bool:
@@ -285,6 +283,26 @@ class Execution:
             if not draw.shared:
                 draw.shared = True
                 self._on_shared(draw.site, reason)
+
+    @property
+    def may_be_single(self) -> bool:
+        """Whether nothing counted the examples yet, and a weight met what may be data of one."""
+        return self.joined_one and self.num_examples is None
+
+    def hold(self, draws: Sequence[Draw], tell: Callable[[], None]) -> None:
+        """Makes ``draws`` fall back here and now, which one example would not notice.
+
+        :param tell: called when there turn out to be more.
+        """
+        for draw in draws:
+            draw.shared = True
+        self._held.append(tell)
+
+    def tell_held(self) -> None:
+        """Tells what was held back: there are several examples."""
+        held, self._held = self._held, []
+        for tell in held:
+            tell()
 
 
 def warn_shared(site: str, reason: str) -> None:
@@ -751,8 +769,6 @@ def _share(flipped: Sequence[FlipoutTensor], reason: str) -> None:
 
 
 def _missing_rule(name: str, flipped: Sequence[FlipoutTensor], reason: str) -> None:
-    for weight in flipped:
-        weight.execution.settle()
     if all(w.execution.is_single for w in flipped):
         return  # one example sees the shared draw, whatever the operation
     site = " and ".join(dict.fromkeys(w.site for w in flipped))
@@ -762,9 +778,29 @@ def _missing_rule(name: str, flipped: Sequence[FlipoutTensor], reason: str) -> N
             "to pick an entry for each example write "
             f"F.embedding(index, w.unsqueeze(-1)).squeeze(-1) in place of w[index]; else {remedy}"
         )
-    if any(w.execution.on_missing_rule == "error" for w in flipped):
-        raise MissingRuleError(f"flipout: site '{site}': in {name}, {reason}; {remedy}")
-    _share(flipped, f"in {name}, {reason}; {remedy}")
+    message = f"in {name}, {reason}; {remedy}"
+    error = MissingRuleError(f"flipout: site '{site}': {message}")
+    strict = any(w.execution.on_missing_rule == "error" for w in flipped)
+    if all(w.execution.may_be_single for w in flipped):
+        for weight in flipped:
+            _hold(weight.execution, list(weight.draws), message, error if strict else None)
+        return
+    if strict:
+        raise error
+    _share(flipped, message)
+
+
+def _hold(
+    execution: Execution, draws: Sequence[Draw], reason: str, error: Exception | None
+) -> None:
+    def tell() -> None:
+        if error is not None:
+            raise error
+        for draw in draws:
+            draw.shared = False  # so that it is told
+        execution.share(draws, reason)
+
+    execution.hold(draws, tell)
 
 
 def example_dim_error(weight: FlipoutTensor, name: str, shape: Sequence[int]) -> ExampleDimError:

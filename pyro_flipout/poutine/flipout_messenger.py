@@ -349,14 +349,18 @@ class FlipoutMessenger(Messenger):
 
     def _check_plates(self, msg: Message) -> None:
         """The examples that the rules counted must be a data plate of what is observed."""
-        if self._execution is None or self._execution.num_examples in (None, 0, 1):
+        if self._execution is None:
             return
-        self._check_groups(self._execution.num_examples)
         sizes = {
             f.name: int(f.size)
             for f in msg["cond_indep_stack"]
             if f.vectorized and f.name not in PARTICLE_PLATES
         }
+        if self._execution.num_examples is None and set(sizes.values()) != {1}:
+            self._execution.tell_held()
+        if self._execution.num_examples in (None, 0, 1):
+            return
+        self._check_groups(self._execution.num_examples)
         num_examples = self._execution.num_examples
         if sizes and num_examples not in sizes.values():
             self._tell(

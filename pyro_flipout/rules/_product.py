@@ -226,7 +226,7 @@ def _of_center(
     center: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    return apply(data, center) if kernel is None else kernel.forward(data, center, bias)
+    return apply(data, center) if kernel is None else kernel.forward(*autocast(data, center, bias))
 
 
 def _route(

@@ -65,6 +65,8 @@ def _is_free(weight: FlipoutTensor, shape: torch.Size, dim: int) -> bool:
     if own < 0:
         return True
     if weight.shape[own] == 1:
+        if shape[dim] == 1 and len(shape) > 2:  # perhaps one example, perhaps a constant
+            weight.execution.joined_one = True
         return shape[dim] != 1 or weight.execution.num_examples == 1
     return weight.execution.num_examples in (None, shape[dim]) and repeats(weight, own)
 
@@ -222,13 +224,19 @@ def _choice(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple[Tenso
 def _has_more_rows(data: Tensor, weight: FlipoutTensor) -> bool:
     """Whether the weight is without the example dimension of ``data``, or repeats along it.
 
-    As a mask token ``(1, 1, D)`` or one expanded does, with a dimension of tokens and one of
-    features: a matrix may repeat its rows for another reason.
+    As a mask token ``(1, 1, D)`` or one expanded does, which repeats along all but the features: a
+    kernel ``(1, in, k)`` is chosen against a constant.
     """
     own, dim = weight.dim() - weight.lead_dims, weight.execution.example_dim
-    if data.dim() != own or own < 3 or weight.lead_dims or dim >= own or data.size(dim) < 2:
+    if data.dim() != own or own < 3 or weight.lead_dims or dim >= own - 1:
         return data.dim() > own
-    return weight.size(dim) == 1 or (weight.size(dim) == data.size(dim) and repeats(weight, dim))
+    if data.size(dim) == 1:
+        weight.execution.joined_one = True
+        return False
+    return all(
+        weight.size(d) == 1 or (weight.size(d) == data.size(d) and repeats(weight, d))
+        for d in range(own - 1)
+    )
 
 
 def _dim_of_choice(condition: Any, a: Any, b: Any) -> int | None:

@@ -7,6 +7,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
@@ -335,16 +338,89 @@ def test_one_example_needs_no_rule():
     assert not w.draws[0].shared
 
 
-@pytest.mark.parametrize("use", [F.linear, lambda x, w: torch.tanh(x) @ w])
-def test_one_example_whose_first_operation_joins_a_class_token(use):
-    """Nothing counted it yet, but a row joined to a weight is one example where no rule helps."""
-    execution = Execution(on_missing_rule="error")
-    token, w = (random_weight(*s, execution=execution) for s in ((1, 1, 3), (3, 3)))
-    x = data(1, 4, 3)
-    y = use(torch.cat([token.expand(len(x), 1, 3), x], 1), w)
-    torch.testing.assert_close(y, use(torch.cat([token.plain, x], 1), w.plain))
-    assert not token.draws[0].shared
-    assert not w.draws[0].shared
+FIRST = {
+    "cat": lambda x, mask, t: torch.cat([t.expand(len(x), 1, 3), x], 1),
+    "where": torch.where,
+    "where, expanded": lambda x, mask, t: x.where(mask, t.expand_as(x)),
+    "add": lambda x, mask, t: x + t,
+    "mix": lambda x, mask, t: x * mask + t * ~mask,
+}
+
+
+class FirstToken(PyroModule):
+    """Its first operation is on data and a token ``(1, 1, 3)``."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first = (lambda x, mask, t: first(mask, x, t)) if first is torch.where else first
+        self.token = PyroSample(dist.Normal(0.0, 1.0).expand([1, 1, 3]).to_event(3))
+        self.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+
+    def forward(self, x, y):
+        h = self.first(x, torch.rand(len(x), 4, 1) < 0.5, self.token)
+        mean = F.linear(h.tanh(), self.weight).mean(1).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", FIRST)
+def test_one_example_of_which_nothing_counted_yet(name, strict):
+    """It has no rule for tanh, which is nobody's business: one example sees the shared draw."""
+    model = FirstToken(FIRST[name])
+    handler = flipout(on_missing_rule="error" if strict else "warn")
+    svi = SVI(handler(model), AutoNormal(model), pyro.optim.Adam({}), Trace_ELBO())
+    for size in (1, 5, 1, 5):
+        svi.step(torch.randn(size, 4, 3), torch.randn(size))
+    assert handler.decisions == {"token": "flipped", "weight": "flipped"}
+
+
+class Positions(FirstToken):
+    """The token is joined to constant positions, which are normalised: no rule."""
+
+    def forward(self, x, y):
+        positions = torch.cat([self.token, torch.ones(1, 3, 3)], 1)
+        return super().forward(x + F.layer_norm(positions, (3,)), y)
+
+
+def test_one_row_that_was_a_constant():
+    """Several examples turn up later, and what was held back is told, of the right site."""
+    model = Positions(lambda x, mask, t: x)
+    handler = flipout()
+    svi = SVI(handler(model), AutoNormal(model), pyro.optim.Adam({}), Trace_ELBO())
+    svi.step(torch.randn(1, 4, 3), torch.randn(1))
+    assert handler.decisions["token"] == "flipped"
+    with pytest.warns(FlipoutWarning, match="'token' keeps its shared draw.*layer_norm") as told:
+        svi.step(torch.randn(5, 4, 3), torch.randn(5))
+    assert len(told) == 1
+    assert handler.decisions["weight"] == "flipped"
+    strict = flipout(Positions(lambda x, mask, t: x), on_missing_rule="error")
+    with pytest.raises(MissingRuleError, match="'token': in torch.nn.functional.layer_norm"):
+        SVI(strict, AutoNormal(model), pyro.optim.Adam({}), Trace_ELBO()).step(
+            torch.randn(5, 4, 3), torch.randn(5)
+        )
+
+
+def test_what_nothing_counts_is_told_by_the_plate():
+    def model(size):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 2, 3]).to_event(3))
+        with pyro.plate("data", size):
+            scale = (torch.cat([w, torch.ones(1, 2, 1)], 2) ** 2).sum()
+            pyro.sample("y", dist.Normal(0.0, 1 + scale), obs=torch.zeros(size))
+
+    svi = SVI(flipout(model), AutoNormal(model), pyro.optim.Adam({}), Trace_ELBO())
+    svi.step(1)
+    with pytest.warns(FlipoutWarning, match="'w' keeps its shared draw.*no flipout rule"):
+        svi.step(4)
+
+
+@pytest.mark.parametrize("rows", [N, N + 1])
+def test_a_kernel_chosen_against_a_constant(rows):
+    const, mask = data(rows, 2, 3), torch.rand(rows, 2, 3) < 0.5
+    const = const.detach()
+    check_rule(
+        lambda x, w: F.conv1d(x, torch.where(mask, w, const)), data(N, 2, 6), random_weight(1, 2, 3)
+    )
 
 
 def test_a_weight_joined_to_a_constant_is_not_one_example():

@@ -112,6 +112,17 @@ def test_one_example_sees_the_shared_draw(name):
     assert torch.equal(product(op, weight)(*inputs), op(x, center + delta, bias + beta))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_one_example_under_autocast(name):
+    op, data, weight = CASES[name]
+    inputs = [torch.randn(shape) for shape in ((1, *data[1:]), weight, weight, (2,), (2,))]
+    x, center, delta, bias, beta = inputs
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = product(op, weight)(*inputs), op(x, center + delta, bias + beta)
+    assert out.dtype == expected.dtype
+    torch.testing.assert_close(out, expected, atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize("frozen", range(4))
 def test_only_the_gradients_that_are_needed(frozen):
     torch.manual_seed(0)
