@@ -169,7 +169,7 @@ class Execution:
     ) -> None:
         self.example_dim = example_dim
         self.on_missing_rule = on_missing_rule
-        self._group_size = group_size
+        self._group_size = int(group_size)
         self.num_examples: int | None = None
         self.particles_seen = False
         self.joined_one = False  # one row of a weight, perhaps to data of one example
@@ -286,8 +286,12 @@ class Execution:
 
     @property
     def may_be_single(self) -> bool:
-        """Whether nothing counted the examples yet, and a weight met what may be data of one."""
-        return self.joined_one and self.num_examples is None
+        """Whether nothing counted the examples yet, and a weight met what may be data of one.
+
+        Only if somebody will ask in the end, as the handler does: else nothing might be told.
+        """
+        unknown = self.num_examples is None and self._on_shared is not warn_shared
+        return self.joined_one and unknown
 
     def hold(self, draws: Sequence[Draw], tell: Callable[[], None]) -> None:
         """Makes ``draws`` fall back here and now, which one example would not notice.

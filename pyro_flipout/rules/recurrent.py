@@ -168,7 +168,7 @@ _FORWARDS = {layer.forward.__code__ for layer in (nn.LSTM, nn.GRU, nn.RNN)}
 def _order(call: Call) -> Tensor | None:
     """The examples in the order of the packed rows, None if that is how they are numbered."""
     frame = sys._getframe(2) if call.batch_sizes is not None else None
-    for _ in range(12):  # the frames of the dispatch
+    for _ in range(50):  # the frames of the dispatch, and of torch function modes
         if frame is None:
             return None
         if frame.f_code in _FORWARDS and frame.f_locals.get("input") is call.input:

@@ -401,6 +401,12 @@ def test_one_row_that_was_a_constant():
         )
 
 
+def test_nothing_is_held_back_without_a_handler():
+    w = random_weight(1, 2, 3)
+    with pytest.warns(FlipoutWarning, match="there is no flipout rule"):
+        torch.cat([w, torch.ones(1, 2, 1)], 2).tanh()
+
+
 def test_what_nothing_counts_is_told_by_the_plate():
     def model(size):
         w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 2, 3]).to_event(3))

@@ -1,5 +1,6 @@
 """Recurrent modules as users write them, and the autograd node behind them."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -8,6 +9,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from pyro_flipout import ExampleDimError, FlipoutWarning, MissingRuleError, flip
@@ -255,6 +257,18 @@ def test_two_packed_sequences_that_are_sorted_apart():
             for s, length in zip(x, lengths, strict=True)
         )
         assert_equal(both[n], one * two)
+
+
+def test_unsorted_packed_under_modes():
+    """Modes of torch functions put frames between the layer and the rule."""
+    module = nn.GRU(I, H, batch_first=True)
+    weights, x = flipped(module), torch.randn(N, T, I)
+    packed = pack_padded_sequence(x, LENGTHS, batch_first=True, enforce_sorted=False)
+    expected = functional_call(module, weights, (packed,))[1]
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(BaseTorchFunctionMode())
+        assert_equal(functional_call(module, weights, (packed,))[1], expected)
 
 
 def test_flipped_state_of_unsorted_packed():
