@@ -110,6 +110,8 @@ NETS = {
     "tiny": Net(tiny, (8,), [1]),
 }
 
+USUAL = ["fc", "convle", "lstm", "transformer"]
+
 # ----------------------------------------------------------------------------- estimators
 
 
@@ -347,7 +349,7 @@ def draw(name, found, path):
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nets", nargs="+", default=list(NETS)[:4], choices=list(NETS))
+    parser.add_argument("--nets", nargs="+", default=USUAL, choices=list(NETS))
     parser.add_argument("--estimators", nargs="+", choices=list(ESTIMATORS))
     parser.add_argument("--sizes", type=int, nargs="+", help="default: those that suit the net")
     parser.add_argument("--rounds", type=int, default=15)

@@ -172,7 +172,7 @@ class Execution:
         self._group_size = int(group_size)
         self.num_examples: int | None = None
         self.particles_seen = False
-        self.joined_one = False  # one row of a weight, perhaps to data of one example
+        self.perhaps_one = False  # a weight met one row: data of one example, or a constant
         self.picked: set[str] = set()  # sites of which entries were picked by a tensor of indices
         self._held: list[Callable[[], None]] = []  # what to tell unless there is one example
         self._on_shared = on_shared or warn_shared
@@ -291,7 +291,7 @@ class Execution:
         Only if somebody will ask in the end, as the handler does: else nothing might be told.
         """
         unknown = self.num_examples is None and self._on_shared is not warn_shared
-        return self.joined_one and unknown
+        return self.perhaps_one and unknown
 
     def hold(self, draws: Sequence[Draw], tell: Callable[[], None]) -> None:
         """Makes ``draws`` fall back here and now, which one example would not notice.

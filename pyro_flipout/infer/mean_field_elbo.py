@@ -94,7 +94,9 @@ def _loss(model_trace: Trace, guide_trace: Trace) -> Any:
         except NotImplementedError:
             loss = loss - site["log_prob_sum"] + of_guide["score_parts"].entropy_term.sum()
         else:
-            loss = loss + scale_and_mask(kl, of_guide["scale"], of_guide["mask"]).sum()
+            kl = scale_and_mask(kl, of_guide["scale"], of_guide["mask"])
+            # A number, 0, for a distribution that is masked out.
+            loss = loss + (kl.sum() if isinstance(kl, torch.Tensor) else kl)
     for name, site in guide_trace.nodes.items():
         if site["type"] == "sample" and name not in model_trace.nodes:
             loss = loss + site["score_parts"].entropy_term.sum()  # auxiliary

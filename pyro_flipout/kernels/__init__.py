@@ -27,9 +27,7 @@ _INTERPRETER = "TRITON_INTERPRET" in os.environ  # Triton too reads it only once
 
 def possible(x: Tensor) -> bool:
     """Whether it is worth asking :func:`available`, at no cost where the data are on the CPU."""
-    if not (x.is_cuda or _INTERPRETER):
-        return False
-    mode = _mode()
+    mode = _mode(x)
     return mode == "1" or (mode == "auto" and _installed())
 
 
@@ -56,11 +54,9 @@ def available(x: Tensor, center: Tensor, delta: Tensor, *biases: Tensor | None) 
     :raises ValueError: if the variable has another value.
     :raises ImportError: if it is ``1``, the data are on a GPU and Triton is not installed.
     """
-    if not possible(x):
-        return False
-    mode = _mode()
+    mode = _mode(x)
     tensors = [t for t in (x, center, delta, *biases) if t is not None]
-    if _transformed() or not _plain(tensors) or not _fit(*tensors):
+    if mode == "0" or _transformed() or not _plain(tensors) or not _fit(*tensors):
         return False
     if not _can(x, mode):
         return False
@@ -74,10 +70,8 @@ def signs_available(*tensors: Tensor) -> bool:
     Where ``PYRO_FLIPOUT_TRITON`` and the tensors allow kernels (see :func:`available`), it should:
     it takes one pass over the data where library calls take two or more.
     """
-    if not possible(tensors[0]):
-        return False
-    mode = _mode()
-    if _transformed() or not _plain(list(tensors)) or not _can(tensors[0], mode):
+    mode = _mode(tensors[0])
+    if mode == "0" or _transformed() or not _plain(list(tensors)) or not _can(tensors[0], mode):
         return False
     from pyro_flipout.kernels import _triton
 
@@ -101,7 +95,10 @@ def allows_tf32() -> bool:
     return bool(matmul.allow_tf32 if precision is None else precision == "tf32")
 
 
-def _mode() -> str:
+def _mode(x: Tensor) -> str:
+    """What the variable says, ``0`` where nothing could run a kernel."""
+    if not (x.is_cuda or _INTERPRETER):
+        return "0"
     mode = os.environ.get(_VARIABLE, "auto")
     if mode not in ("0", "1", "auto"):
         raise ValueError(f"{_VARIABLE} is {mode!r}, expected 0, 1 or auto")

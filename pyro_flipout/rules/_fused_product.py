@@ -54,14 +54,12 @@ class _FlippedProduct(torch.autograd.Function):
             own = None
             if of is not None and bias is not None and bias_delta is not None:
                 own = bias, bias_delta, of[0]
+            together = after is not None and of is not None and after[1:] == of[1:]
             if after is None:
                 out[rows].add_(flipped)
-            elif of is None or after[1:] == of[1:]:
-                after[0].add_times(out[rows], flipped, *after[1:], own)
-                continue
             else:
-                after[0].add_times(out[rows], flipped, *after[1:])
-            if own is not None and of is not None:
+                after[0].add_times(out[rows], flipped, *after[1:], own if together else None)
+            if own is not None and of is not None and not together:
                 of[0].add_vectors(out[rows], *own[:2], *of[1:])
         return out
 

@@ -15,8 +15,10 @@ weight for each example, and broadcast against the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import reduce
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -77,6 +79,20 @@ def find_examples(weight: FlipoutTensor, data: Tensor, used: Sequence[int], name
         dim = 0
     execution.count(data.shape[dim], f"data of shape {tuple(data.shape)}")
     return dim
+
+
+def calling_frame(functions: Collection[object]) -> FrameType | None:
+    """The frame of a function, by its code, that called a torch function which a rule computes."""
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_FRAMES):
+        if frame is None or frame.f_code in functions:
+            return frame
+        frame = frame.f_back
+    return None
+
+
+_FRAMES = 50
+"""Those of the dispatch are a few; every mode of torch functions adds its own."""
 
 
 def flipped_product(

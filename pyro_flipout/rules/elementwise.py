@@ -48,6 +48,8 @@ def example_dim_of(weight: FlipoutTensor, other: Any) -> int | None:
     if not free and first == execution.num_examples and _is_free(weight, shape, offset):
         dim, free = offset, True  # a time-major model after taking its last step
     if not free:
+        if len(shape) > max(dim, 2) and shape[dim] == 1:
+            execution.perhaps_one = True
         if other.dim() <= weight.dim():
             return None  # (out, 1) against (out, in): a constant that broadcasts
         raise example_dim_error(weight, "elementwise arithmetic", other.shape)
@@ -65,8 +67,6 @@ def _is_free(weight: FlipoutTensor, shape: torch.Size, dim: int) -> bool:
     if own < 0:
         return True
     if weight.shape[own] == 1:
-        if shape[dim] == 1 and len(shape) > 2:  # perhaps one example, perhaps a constant
-            weight.execution.joined_one = True
         return shape[dim] != 1 or weight.execution.num_examples == 1
     return weight.execution.num_examples in (None, shape[dim]) and repeats(weight, own)
 
@@ -231,7 +231,7 @@ def _has_more_rows(data: Tensor, weight: FlipoutTensor) -> bool:
     if data.dim() != own or own < 3 or weight.lead_dims or dim >= own - 1:
         return data.dim() > own
     if data.size(dim) == 1:
-        weight.execution.joined_one = True
+        weight.execution.perhaps_one = True
         return False
     return all(
         weight.size(d) == 1 or (weight.size(d) == data.size(d) and repeats(weight, d))

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,14 @@ from torch import Tensor
 
 from pyro_flipout import kernels
 from pyro_flipout.rules._kernel import Kernel
-from pyro_flipout.rules._product import _route, bias_parts, find_examples, flipped_product, plain
+from pyro_flipout.rules._product import (
+    _route,
+    bias_parts,
+    calling_frame,
+    find_examples,
+    flipped_product,
+    plain,
+)
 from pyro_flipout.rules.contraction import contract
 from pyro_flipout.tensor import Execution, FlipoutTensor, NoRule, implements
 
@@ -110,7 +116,7 @@ LINEAR = Kernel(
     F.linear, _linear_backward, _linear_each, _linear_each_backward, uses=_tokens, min_uses=64
 )
 
-_IN_PROJECTION = getattr(getattr(F, "_in_projection", None), "__code__", None)
+_IN_PROJECTION = {getattr(getattr(F, "_in_projection", None), "__code__", None)}
 
 
 def _attention_dim(weight: FlipoutTensor, input: Tensor) -> int | None:
@@ -119,15 +125,10 @@ def _attention_dim(weight: FlipoutTensor, input: Tensor) -> int | None:
     ``F.multi_head_attention_forward`` does not look at its separate projection weights
     for subclasses. If nothing else in it is flipped, they arrive here one by one.
     """
-    frame = sys._getframe(2) if input.dim() == 3 and weight.dim() == 2 else None
-    for _ in range(6):  # the frames of the dispatch
-        if frame is None:
-            return None
-        if frame.f_code is _IN_PROJECTION:
-            weight.execution.count(input.size(1), f"data of shape {tuple(input.shape)}")
-            return 1
-        frame = frame.f_back
-    return None
+    if input.dim() != 3 or weight.dim() != 2 or calling_frame(_IN_PROJECTION) is None:
+        return None
+    weight.execution.count(input.size(1), f"data of shape {tuple(input.shape)}")
+    return 1
 
 
 @implements(

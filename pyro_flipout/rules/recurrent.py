@@ -17,7 +17,6 @@ hand are numbered as they come.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from pyro_flipout.errors import ExampleDimError
 from pyro_flipout.rules import _cells
+from pyro_flipout.rules._product import calling_frame
 from pyro_flipout.rules._scan import scan
 from pyro_flipout.rules._signed import explicit_state
 from pyro_flipout.tensor import (
@@ -167,15 +167,11 @@ _FORWARDS = {layer.forward.__code__ for layer in (nn.LSTM, nn.GRU, nn.RNN)}
 
 def _order(call: Call) -> Tensor | None:
     """The examples in the order of the packed rows, None if that is how they are numbered."""
-    frame = sys._getframe(2) if call.batch_sizes is not None else None
-    for _ in range(50):  # the frames of the dispatch, and of torch function modes
-        if frame is None:
-            return None
-        if frame.f_code in _FORWARDS and frame.f_locals.get("input") is call.input:
-            order: Tensor | None = frame.f_locals.get("sorted_indices")
-            return order
-        frame = frame.f_back
-    return None
+    frame = None if call.batch_sizes is None else calling_frame(_FORWARDS)
+    if frame is None or frame.f_locals.get("input") is not call.input:
+        return None
+    order: Tensor | None = frame.f_locals.get("sorted_indices")
+    return order
 
 
 def _chunks(params: Sequence[Tensor], count: int) -> Iterator[Sequence[Tensor]]:

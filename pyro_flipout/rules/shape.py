@@ -399,7 +399,7 @@ def _beside_data(tensors: Sequence[Tensor], dim: int) -> list[Tensor] | None:
         return None
     size, execution = weights[0].size(example_dim), weights[0].execution
     if size == 1 and execution.num_examples != 1:  # perhaps one example, perhaps none
-        execution.joined_one = True
+        execution.perhaps_one = True
         return None
     if not size or not all(repeats(w, example_dim) for w in weights):
         return None

@@ -227,6 +227,36 @@ def test_captured_loss_of_an_auxiliary_site():
     assert ours.item() == pytest.approx(TraceMeanField_ELBO().loss(model, guide), rel=1e-6)
 
 
+@pytest.mark.usefixtures("unchecked", "capturing")
+def test_captured_loss_of_a_guide_that_is_scaled_and_masked():
+    mask = torch.tensor([True, False, True])
+
+    def program(loc):
+        with pyro.plate("plate", 3), poutine.scale(scale=0.3), poutine.mask(mask=mask):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    model, guide = (lambda loc=loc: program(loc) for loc in (0.0, 2.0))
+    ours = MeanFieldELBO().differentiable_loss(model, guide)
+    assert ours.item() == pytest.approx(0.3 * 2 * 2.0, rel=1e-6)  # KL(N(2, 1) | N(0, 1)) = 2
+    assert ours.item() == pytest.approx(TraceMeanField_ELBO().loss(model, guide), rel=1e-6)
+
+
+@pytest.mark.usefixtures("unchecked", "capturing")
+def test_captured_loss_of_a_site_that_is_masked_out():
+    """Its KL divergence is a number."""
+
+    def model():
+        pyro.sample("gone", dist.Normal(0.0, 1.0).expand([3]).mask(False))
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide():
+        pyro.sample("gone", dist.Normal(1.0, 2.0).expand([3]).mask(False))
+        pyro.sample("z", dist.Normal(0.3, 0.5))
+
+    ours = MeanFieldELBO().differentiable_loss(model, guide)
+    assert ours.item() == pytest.approx(TraceMeanField_ELBO().loss(model, guide), rel=1e-6)
+
+
 @pytest.mark.usefixtures("capturing")
 def test_capture_refuses_validation():
     with pytest.raises(RuntimeError, match="call pyro.enable_validation"):

@@ -195,9 +195,9 @@ def test_autocast(launches):
         assert (a - b).norm() < 2**-6 * b.norm()
 
 
-def product(shape, dtype=DTYPE):
+def product(shape, group_size=1):
     """A function of data, centre, perturbation and bias, with fixed signs."""
-    execution = Execution()
+    execution = Execution(group_size=group_size)
     draws = [
         Draw(n, torch.empty(s, device=DEVICE), execution) for n, s in ((0, shape), (1, shape[:1]))
     ]
@@ -237,9 +237,11 @@ def test_saves_no_signs():
     assert sorted(t.numel() for t in codes) == [2, 3]
 
 
-def test_second_derivatives(launches, monkeypatch):
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_second_derivatives(group_size, launches, monkeypatch):
     """Gradients that are differentiated again agree with those of the library calls."""
-    fn, inputs = product((2, 3)), [data(4, 2, 3), data(2, 3), data(2, 3), data(2), data(2)]
+    fn = product((2, 3), group_size)
+    inputs = [data(4, 2, 3), data(2, 3), data(2, 3), data(2), data(2)]
 
     def penalty():
         out = fn(*inputs)
