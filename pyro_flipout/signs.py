@@ -68,7 +68,17 @@ def draw_codes(
     >>> draw_codes((3, 1)).shape
     torch.Size([3, 1])
     """
-    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device).bitwise_and_(-2)
+    return even_codes(random_bits(shape, device))
+
+
+def random_bits(shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """The random ``int32`` numbers of which :func:`even_codes` makes codes."""
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device)
+
+
+def even_codes(bits: Tensor) -> Tensor:
+    """The codes of :func:`draw_codes`: without the lowest bit."""
+    return bits & -2
 
 
 def code_bits(num_examples: int) -> int:

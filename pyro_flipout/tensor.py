@@ -36,7 +36,7 @@ from torch.overrides import resolve_name
 
 from pyro_flipout._modes import transformed
 from pyro_flipout.errors import ExampleDimError, FlipoutError, MissingRuleError, warn
-from pyro_flipout.signs import Signs, dense_signs, draw_codes
+from pyro_flipout.signs import Signs, dense_signs, even_codes, random_bits
 
 __all__ = [
     "RULES",
@@ -150,6 +150,35 @@ _CODES_AT_ONCE = 128
 """Enough for all weights of a small network, and no large request to the allocator."""
 
 
+class Codes:
+    """Random codes for several weights, drawn now and finished when first asked for.
+
+    One example needs none, and what a step calls once costs it tens of microseconds.
+    """
+
+    __slots__ = ("_bits", "_even", "size", "taken")
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._bits = random_bits((size,), device)
+        self._even: Tensor | None = None
+        self.size = size
+        self.taken = 0
+
+    @property
+    def batched(self) -> bool:
+        """Whether ``torch.func.vmap`` drew them for each of its calls."""
+        return torch._C._functorch.is_batchedtensor(self._bits)
+
+    def get(self) -> Tensor:
+        """All codes, shape ``(size,)``."""
+        if self._even is not None:
+            return self._even
+        even = even_codes(self._bits)
+        if not transformed():  # what is made inside torch.func must stay there
+            self._even = even
+        return even
+
+
 class Execution:
     """One execution of a model: its examples, and what befell its flipped weights.
 
@@ -177,10 +206,10 @@ class Execution:
         self._held: list[Callable[[], None]] = []  # what to tell unless there is one example
         self._on_shared = on_shared or warn_shared
         self._signs: dict[tuple[Any, ...], tuple[Tensor, Signs]] = {}
-        self._codes: dict[torch.device, tuple[Tensor, int]] = {}  # drawn, and how many are taken
-        self._drawn: dict[int, Tensor] = {}  # all that were drawn, by address
+        self._codes: dict[torch.device, Codes] = {}  # from which the next weight takes its own
+        self._drawn: dict[int, Codes] = {}  # all that have been used, by address
 
-    def draw_codes(self, count: int, device: torch.device) -> tuple[Tensor, int]:
+    def draw_codes(self, count: int, device: torch.device) -> tuple[Codes, int]:
         """Random codes of which ``count`` are for nobody else, and where these start.
 
         Small weights share a call of the generator.
@@ -188,20 +217,27 @@ class Execution:
         :raises FlipoutError: under ``torch.func.vmap`` with ``randomness="different"``.
         """
         if transformed():  # what is made inside torch.func must stay there
-            own = draw_codes((count,), device)
-            if torch._C._functorch.is_batchedtensor(own):
+            own = Codes(count, device)
+            if own.batched:
                 raise FlipoutError(
                     'flipout: a weight was made inside torch.func.vmap with randomness="different",'
                     " expected signs that its calls have in common; make it outside of vmap, pass "
                     'randomness="same", or draw particles with vectorize_particles=True'
                 )
             return own, 0
-        codes, start = self._codes.get(device, (None, 0))
-        if codes is None or start + count > codes.numel():
-            codes, start = draw_codes((max(count, _CODES_AT_ONCE),), device), 0
-            self._drawn[codes.data_ptr()] = codes
-        self._codes[device] = codes, start + count
+        codes = self._codes.get(device)
+        if codes is None or codes.taken + count > codes.size:
+            codes = self._codes[device] = Codes(max(count, _CODES_AT_ONCE), device)
+        start = codes.taken
+        codes.taken += count
         return codes, start
+
+    def look_at(self, codes: Codes) -> Tensor:
+        """All of ``codes``; the signs of a part of them will be cut from those of all."""
+        found = codes.get()
+        if not transformed():
+            self._drawn[found.data_ptr()] = codes
+        return found
 
     def count(self, num_examples: int, counted_on: str) -> None:
         """Learns the number of examples, or checks it against the one known.
@@ -257,11 +293,10 @@ class Execution:
         assert self.num_examples is not None
         drawn = self._drawn.get(codes.untyped_storage().data_ptr())
         if drawn is not None and codes.is_contiguous():
-            last, taken = self._codes[codes.device]
-            drawn = drawn[:taken] if drawn is last else drawn
             start, count = codes.storage_offset(), codes.numel()
-            if drawn.numel() > count:
-                return self.factored_signs(drawn, dtype).of(slice(start, start + count))
+            if drawn.taken > count:
+                all_taken = drawn.get()[: drawn.taken]
+                return self.factored_signs(all_taken, dtype).of(slice(start, start + count))
         return Signs(codes, self.num_examples, dtype, self.group_size)
 
     def has_particles(self, data: Tensor, particles: int) -> bool:
@@ -335,9 +370,12 @@ class Draw:
         self.used = False
         self._shape, self._lead_dims = value.shape, lead_dims
         self._factors: tuple[Factor, ...] | None = None
-        lead, event = self._shape[:lead_dims].numel(), self._shape[lead_dims:]
         self._sources: tuple[SignFactor, ...] | None = None
-        self._codes = execution.draw_codes(lead * (sum(event[:2]) if event else 1), value.device)
+        event = self._shape[lead_dims:] if lead_dims else self._shape
+        count = sum(event[:2]) if event else 1
+        if lead_dims:
+            count *= self._shape[:lead_dims].numel()
+        self._codes = execution.draw_codes(count, value.device)
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -345,7 +383,7 @@ class Draw:
         if self._factors is not None:
             return self._factors
         lead, event = tuple(self._shape[: self._lead_dims]), tuple(self._shape[self._lead_dims :])
-        codes, start = self._codes
+        codes, start = self.execution.look_at(self._codes[0]), self._codes[1]
         if self._sources is None:
             self._sources = tuple(SignFactor(self) for _ in range(min(2, len(event)) or 1))
         factors = []
@@ -619,9 +657,12 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if rule is None and _is_query(func):
         return func(*unwrap(args), **unwrap(kwargs))
     weights = _weights((*args, kwargs) if kwargs else args)
-    if rule is not None and rule.per_particle and any(w.lead_dims for w in weights):
-        return _over_particles(func, args, kwargs, weights)
-    flipped = [w for w in weights if w.terms]
+    flipped = []
+    for weight in weights:
+        if weight._lead_dims and rule is not None and rule.per_particle:
+            return _over_particles(func, args, kwargs, weights)
+        if weight._split()[1]:
+            flipped.append(weight)
     if not flipped:
         return func(*unwrap(args), **unwrap(kwargs))
     try:

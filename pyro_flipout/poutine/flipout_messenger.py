@@ -12,6 +12,7 @@ from typing import Any
 
 import pyro.poutine.runtime as runtime
 import torch
+from pyro.distributions import Normal
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
@@ -22,7 +23,9 @@ from pyro_flipout.poutine.symmetric_draw import (
     ATOMS,
     Message,
     NoDraw,
+    Stack,
     SymmetricDraw,
+    current_stack,
     depends,
     find_symmetric_draw,
     forget_guides,
@@ -181,7 +184,7 @@ class FlipoutMessenger(Messenger):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_execution", "_sites", "_trace"):
+        for name in ("_execution", "_sites", "_stack", "_trace"):
             state.pop(name)
         return state
 
@@ -192,6 +195,7 @@ class FlipoutMessenger(Messenger):
     def _forget(self) -> None:
         self._execution: Execution | None = None
         self._sites: set[str] = set()
+        self._stack: Stack | None = None
         self._trace: Callable[[], Any] = lambda: None
 
     # ----------------------------------------------------------------------- sites
@@ -206,27 +210,30 @@ class FlipoutMessenger(Messenger):
         if not msg["is_observed"] or msg["infer"].get("_deterministic"):
             # Densities are those of the shared draw, in a prior's parameters too.
             prior = msg["infer"].get("prior")
-            draws = _strip(msg["fn"] if prior is None else [msg["fn"], prior])
+            draws = _strip(msg["fn"]) + ([] if prior is None else _strip(prior))
             if draws and not msg["is_observed"]:
                 msg["continuation"] = Continuation(lambda m: self._check_prior(m, draws), msg)
 
     def _pyro_post_sample(self, msg: Message) -> None:
         # Swapped in after every post-hook, so that each trace keeps the plain value.
         if not site_is_subsample(msg):
-            msg["continuation"] = Continuation(self._finish, msg)
+            alone = msg["continuation"] is None
+            msg["continuation"] = self._finish if alone else Continuation(self._finish, msg)
 
     def _finish(self, msg: Message) -> None:
+        self._stack = current_stack(self._stack)
         if isinstance(msg["value"], FlipoutTensor):
             _plain_in_traces(msg)
         elif msg["is_observed"]:
             self._check_plates(msg)
         else:
             found = self._decide(msg)
-            if isinstance(found, NoDraw):
-                self._leave(msg, found)
-            else:
+            if isinstance(found, SymmetricDraw):
                 self._flip(msg, found)
-        self._batch_particles(msg)
+            else:
+                self._leave(msg, found)
+        if not isinstance(msg["value"], FlipoutTensor):
+            self._batch_particles(msg)
 
     def _decide(self, msg: Message) -> SymmetricDraw | NoDraw:
         name, infer = msg["name"], msg["infer"]
@@ -249,7 +256,7 @@ class FlipoutMessenger(Messenger):
                 return NoDraw(f"it is local to the plate '{plates[0]}'")
             if _is_discrete(msg["fn"]):
                 return NoDraw("it is discrete")
-        found = self._remembered(name, find_symmetric_draw(msg, vouched=named))
+        found = self._remembered(name, find_symmetric_draw(msg, named, self._stack))
         if wish and isinstance(found, NoDraw) and found.tell:
             raise FlipoutError(
                 f"flipout: site '{name}' has infer={{\"flipout\": True}}, but {found.reason}; "
@@ -262,10 +269,10 @@ class FlipoutMessenger(Messenger):
         if isinstance(found, NoDraw):
             if found.joint:
                 self._joint[name] = found
-        elif torch.is_grad_enabled():
-            self._joint.pop(name, None)
         elif name in self._joint:
-            return self._joint[name]
+            if not torch.is_grad_enabled():
+                return self._joint[name]
+            del self._joint[name]
         return found
 
     def _hides(self, msg: Message) -> bool:
@@ -302,7 +309,7 @@ class FlipoutMessenger(Messenger):
 
     def _batch_particles(self, msg: Message) -> None:
         """Lets layers know the particle dimensions of a weight that is not flipped."""
-        if msg["infer"].get("_deterministic") or isinstance(msg["value"], FlipoutTensor):
+        if msg["infer"].get("_deterministic"):
             return
         lead = _particle_dims(msg)
         if lead and all(f.name in PARTICLE_PLATES for f in msg["cond_indep_stack"]):
@@ -310,11 +317,8 @@ class FlipoutMessenger(Messenger):
 
     def _execution_of(self, name: str) -> Execution:
         """The current execution: a new one for a new trace, or when a site comes again."""
-        trace = None
-        for frame in reversed(runtime._PYRO_STACK):
-            if isinstance(frame, TraceMessenger):
-                trace = frame.trace
-                break
+        self._stack = current_stack(self._stack)
+        trace = None if self._stack.recorder is None else self._stack.recorder.trace
         if self._execution is None or name in self._sites or trace is not self._trace():
             self._execution = Execution(
                 self.example_dim, self.on_missing_rule, self._share, self.group_size
@@ -433,8 +437,11 @@ def _particle_dims(msg: Message) -> int:
 
 
 def _is_discrete(fn: Any) -> bool:
+    fn = without_events(fn)
+    if type(fn) is Normal:  # in most cases
+        return False
     try:
-        return bool(without_events(fn).support.is_discrete)
+        return bool(fn.support.is_discrete)
     except (AttributeError, NotImplementedError):
         return False
 
@@ -442,7 +449,13 @@ def _is_discrete(fn: Any) -> bool:
 def _strip(fn: Any) -> list[Draw]:
     """Replaces flipped weights in a distribution by their shared draws, in place."""
     draws: list[Draw] = []
-    seen, todo = set(), [without_events(fn)]
+    fn = without_events(fn)
+    for item in getattr(fn, "__dict__", {}).values():
+        if type(item) not in _PLAIN:
+            break
+    else:
+        return draws
+    seen, todo = set(), [fn]
     while todo:
         obj = todo.pop()
         if isinstance(obj, (list, tuple)):

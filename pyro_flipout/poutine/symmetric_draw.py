@@ -60,13 +60,21 @@ from torch.distributions import Distribution, Transform, constraints
 from pyro_flipout.errors import NotSymmetricError
 from pyro_flipout.symmetric import symmetric_center, symmetric_delta
 
-__all__ = ["NoDraw", "SymmetricDraw", "find_symmetric_draw", "is_real", "replayed_site"]
+__all__ = [
+    "NoDraw",
+    "Stack",
+    "SymmetricDraw",
+    "current_stack",
+    "find_symmetric_draw",
+    "is_real",
+    "replayed_site",
+]
 
 Message: TypeAlias = Any
 """A ``pyro.poutine.runtime.Message``, of which Pyro types not every key."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SymmetricDraw:
     """A value that is its centre and a symmetric, factorised perturbation.
 
@@ -99,6 +107,43 @@ class NoDraw:
     joint: bool = False
 
 
+class Stack:
+    """Handlers that are on Pyro's stack, by what they mean for a site.
+
+    :ivar frames: all of them, the outermost first.
+    :ivar equalizers: those that give the value of one site to others.
+    :ivar replays: those that replay a trace.
+    :ivar recorder: the innermost one that makes a trace.
+    """
+
+    __slots__ = ("_together", "equalizers", "frames", "recorder", "replays")
+
+    def __init__(self) -> None:
+        self.frames = list(runtime._PYRO_STACK)
+        self.equalizers: list[EqualizeMessenger] = []
+        self.replays: list[ReplayMessenger] = []
+        self.recorder: TraceMessenger | None = None
+        self._together: dict[Trace, bool] = {}
+        for frame in self.frames:
+            if isinstance(frame, TraceMessenger):
+                self.recorder = frame
+            elif isinstance(frame, ReplayMessenger):
+                self.replays.append(frame)
+            elif isinstance(frame, EqualizeMessenger):
+                self.equalizers.append(frame)
+
+    def drawn_together(self, trace: Trace) -> bool:
+        """Whether all draws of a trace that is replayed are one, see :func:`_drawn_together`."""
+        if trace not in self._together:
+            self._together[trace] = _drawn_together(trace)
+        return self._together[trace]
+
+
+def current_stack(last: Stack | None = None) -> Stack:
+    """The stack as it is now, which is the last one if no handler came or went."""
+    return last if last is not None and last.frames == runtime._PYRO_STACK else Stack()
+
+
 # Handlers of Pyro that leave the value of an unobserved continuous site alone, or mark
 # what they set as observed. Any other handler that sees sample sites may have set it.
 _NEVER_SETS_VALUES = (
@@ -127,27 +172,31 @@ _NEVER_SETS_VALUES = (
 )
 
 
-def find_symmetric_draw(msg: Message, vouched: bool = False) -> SymmetricDraw | NoDraw:
+def find_symmetric_draw(
+    msg: Message, vouched: bool = False, stack: Stack | None = None
+) -> SymmetricDraw | NoDraw:
     """Finds the symmetric draw that the value of a sample site is.
 
     :param msg: a sample message with its final value, seen with the handlers that
         processed it still on the stack.
     :param vouched: the user named this site, so that unknown handlers are trusted.
+    :param stack: that stack, if it is known.
     """
+    stack = current_stack(stack)
     if msg["is_observed"]:
         return NoDraw("it is observed")
     if msg.get("_intervener_id") is not None:
         return NoDraw("it is intervened on, and nothing in the model uses it")
-    if _is_equalized(msg):
+    if any(frame._is_matching(msg) for frame in stack.equalizers):
         return NoDraw(
             "poutine.equalize gives its one value to other sites too; name it in "
             "flipout(hide=[...])",
             tell=True,
             source=msg["name"],
         )
-    replayed = replayed_site(msg)
+    replayed = replayed_site(msg, stack)
     if replayed is not None:
-        return _replayed(msg, *replayed)
+        return _replayed(msg, *replayed, stack)
     setter = _value_setter(msg["name"], vouched)
     if setter is not None:
         return setter
@@ -168,22 +217,17 @@ def _is_trial(msg: Message) -> bool:
     return False
 
 
-def replayed_site(msg: Message) -> tuple[Message, Trace] | None:
+def replayed_site(msg: Message, stack: Stack | None = None) -> tuple[Message, Trace] | None:
     """The guide's site that the value was replayed from, and the guide's trace."""
-    value = getattr(msg["value"], "plain", msg["value"])
-    for frame in runtime._PYRO_STACK:
-        if isinstance(frame, ReplayMessenger) and frame.trace is not None:
+    value = msg["value"]
+    if type(value) is not Tensor:
+        value = getattr(value, "plain", value)
+    for frame in current_stack(stack).replays:
+        if frame.trace is not None:
             node = frame.trace.nodes.get(msg["name"])
             if node is not None and node["value"] is value:
                 return node, frame.trace
     return None
-
-
-def _is_equalized(msg: Message) -> bool:
-    for frame in runtime._PYRO_STACK:  # a generator would take longer than the question
-        if isinstance(frame, EqualizeMessenger) and frame._is_matching(msg):
-            return True
-    return False
 
 
 def _value_setter(name: str, vouched: bool) -> NoDraw | None:
@@ -225,10 +269,12 @@ def _drawn(msg: Message) -> SymmetricDraw | NoDraw:
     return SymmetricDraw(center, symmetric_delta(fn, value), fn)
 
 
-def _replayed(msg: Message, node: Message, trace: Trace) -> SymmetricDraw | NoDraw:
+def _replayed(
+    msg: Message, node: Message, trace: Trace, stack: Stack
+) -> SymmetricDraw | NoDraw:
     fn, value = node["fn"], node["value"]
     delta = symmetric_delta(fn, value)
-    if delta is not None and value.requires_grad and _all_drawn_together(trace):
+    if delta is not None and value.requires_grad and stack.drawn_together(trace):
         return SymmetricDraw(without_events(fn).center_beside, delta, fn)
     source, center = node, None
     if _is_delta(fn):
@@ -409,7 +455,7 @@ class _GuideGraph:
             if not node["is_observed"]:
                 self._add(name, node)
         self.dependents: dict[str, list[str]] = {}
-        if _all_drawn_together(trace):
+        if _drawn_together(trace):
             return
         for name, node in sites:
             output, fn = outputs.get(name), without_events(node["fn"])
@@ -470,21 +516,12 @@ class _GuideGraph:
 _SHOW_ALL = (Delta, Normal)
 """Distributions that draw from nothing but the tensors among their attributes."""
 
-_TOGETHER: weakref.WeakKeyDictionary[Trace, bool] = weakref.WeakKeyDictionary()
 
-
-def _all_drawn_together(trace: Trace) -> bool:
+def _drawn_together(trace: Trace) -> bool:
     """Whether all of a guide's distributions say that they were drawn at once, from its parameters.
 
     Then none of the draws can be a parameter of another, and they have no element in common.
     """
-    together = _TOGETHER.get(trace)
-    if together is None:
-        together = _TOGETHER[trace] = _drawn_together(trace)
-    return together
-
-
-def _drawn_together(trace: Trace) -> bool:
     first = None
     for node in trace.nodes.values():
         if node["type"] == "sample":
@@ -501,7 +538,6 @@ _GRAPHS: weakref.WeakKeyDictionary[Trace, _GuideGraph] = weakref.WeakKeyDictiona
 def forget_guides() -> None:
     """Looks at the traces of guides anew: their nodes may have been replaced."""
     _GRAPHS.clear()
-    _TOGETHER.clear()
 
 
 def _guide_graph(trace: Trace) -> _GuideGraph:

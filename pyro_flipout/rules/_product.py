@@ -61,23 +61,27 @@ def find_examples(weight: FlipoutTensor, data: Tensor, used: Sequence[int], name
     execution = weight.execution
     if data.is_nested:
         raise NotExamples(NESTED)
-    free = [dim for dim in range(data.dim()) if dim not in used]
+    shape, dim = data.shape, execution.example_dim
+    if len(used) == 1 and used[0] != dim < len(shape):  # in most calls
+        if shape[dim] != execution.num_examples:
+            execution.count(shape[dim], f"data of shape {tuple(shape)}")
+        return dim
+    free = [dim for dim in range(len(shape)) if dim not in used]
     if not free:
         raise NotExamples(
-            f"data of shape {tuple(data.shape)} have no example dimension; add one in front, "
+            f"data of shape {tuple(shape)} have no example dimension; add one in front, "
             "as in x.unsqueeze(0)"
         )
-    dim = execution.example_dim
     if dim not in free:
         if weight.lead_dims:
             raise NoRule(
                 "the weight has particle dimensions; use a layer such as F.linear, or "
                 "vectorize_particles=False"
             )
-        if not (0 in free and data.shape[0] == execution.num_examples):
-            raise example_dim_error(weight, name, data.shape)
+        if not (0 in free and shape[0] == execution.num_examples):
+            raise example_dim_error(weight, name, shape)
         dim = 0
-    execution.count(data.shape[dim], f"data of shape {tuple(data.shape)}")
+    execution.count(shape[dim], f"data of shape {tuple(shape)}")
     return dim
 
 

@@ -39,7 +39,7 @@ def linear(op: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Any =
     if not isinstance(weight, FlipoutTensor):
         return torch.add(op(input, weight), bias)  # only the bias is flipped
     last = input.dim() - 1
-    dim = _attention_dim(weight, input)
+    dim = _attention_dim(weight, input) if last == 2 else None
     dim = find_examples(weight, input, [last], "F.linear") if dim is None else dim
     if weight.execution.is_single:  # one product, and no kernel for two
         return op(input, weight.plain, None if bias is None else plain(bias))
@@ -125,7 +125,7 @@ def _attention_dim(weight: FlipoutTensor, input: Tensor) -> int | None:
     ``F.multi_head_attention_forward`` does not look at its separate projection weights
     for subclasses. If nothing else in it is flipped, they arrive here one by one.
     """
-    if input.dim() != 3 or weight.dim() != 2 or calling_frame(_IN_PROJECTION) is None:
+    if weight.dim() != 2 or calling_frame(_IN_PROJECTION) is None:
         return None
     weight.execution.count(input.size(1), f"data of shape {tuple(input.shape)}")
     return 1

@@ -77,8 +77,8 @@ class PriorsCentre:
     """Planted bug (TyXe's): the centre of the prior instead of the guide's."""
 
     def __init__(self, monkeypatch):
-        def wrong(msg, vouched=False):
-            found = right(msg, vouched)
+        def wrong(msg, vouched=False, stack=None):
+            found = right(msg, vouched, stack)
             if isinstance(found, symmetric_draw.SymmetricDraw):
                 center = symmetric_draw.symmetric_center(msg["fn"])
                 return symmetric_draw.SymmetricDraw(center, msg["value"] - center)
