@@ -71,7 +71,9 @@ def draw_codes(
     return even_codes(random_bits(shape, device))
 
 
-def random_bits(shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+def random_bits(
+    shape: tuple[int, ...] | torch.Size, device: torch.device | str | None = None
+) -> Tensor:
     """The random ``int32`` numbers of which :func:`even_codes` makes codes."""
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device)
 

@@ -160,10 +160,14 @@ def symmetric_delta(dist: Distribution, value: Tensor) -> Tensor | None:
     True
     """
     fn: Any = dist
-    while isinstance(fn, (torch_dist.Independent, pyro_dist.MaskedDistribution)):
+    while True:
+        kept = getattr(fn, "symmetric_delta", None)
+        if kept is not None:
+            delta: Tensor | None = kept(value)
+            return delta
+        if not isinstance(fn, (torch_dist.Independent, pyro_dist.MaskedDistribution)):
+            return None
         fn = fn.base_dist
-    kept = getattr(fn, "symmetric_delta", None)
-    return None if kept is None else kept(value)
 
 
 def is_symmetric(dist: Distribution) -> bool:

@@ -216,7 +216,7 @@ class Execution:
 
         :raises FlipoutError: under ``torch.func.vmap`` with ``randomness="different"``.
         """
-        if transformed():  # what is made inside torch.func must stay there
+        if torch._C._are_functorch_transforms_active():  # what is made there must stay there
             own = Codes(count, device)
             if own.batched:
                 raise FlipoutError(

@@ -24,7 +24,7 @@ from pyro.poutine.util import site_is_subsample
 from pyro_flipout.errors import FlipoutError, warn
 from pyro_flipout.poutine.flipout_messenger import unknown_names
 from pyro_flipout.poutine.module import wrap_module
-from pyro_flipout.poutine.symmetric_draw import Message, replayed_site
+from pyro_flipout.poutine.symmetric_draw import Message, current_stack, replayed_site
 
 __all__ = ["TemperMessenger", "tempered"]
 
@@ -110,7 +110,7 @@ class TemperMessenger(ReentrantMessenger):
             msg[_MARK] = msg.get(_MARK, 1.0) * self._factor
 
     def _pyro_post_sample(self, msg: Message) -> None:
-        replayed = replayed_site(msg)
+        replayed = replayed_site(msg, current_stack())
         if replayed is None:
             return
         ours, guides = (m.get(_MARK, 1.0) for m in (msg, replayed[0]))

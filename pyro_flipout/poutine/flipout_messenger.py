@@ -21,9 +21,9 @@ from torch.distributions import Distribution, Transform
 from pyro_flipout.errors import FlipoutError, warn
 from pyro_flipout.poutine.symmetric_draw import (
     ATOMS,
+    NO_HANDLERS,
     Message,
     NoDraw,
-    Stack,
     SymmetricDraw,
     current_stack,
     depends,
@@ -177,7 +177,7 @@ class FlipoutMessenger(Messenger):
         return self
 
     def __exit__(self, *args: Any) -> None:
-        if args[0] is None:
+        if args[0] is None and (self.hide or self.expose):
             self._check_names()
         self._forget()
         return super().__exit__(*args)
@@ -195,7 +195,7 @@ class FlipoutMessenger(Messenger):
     def _forget(self) -> None:
         self._execution: Execution | None = None
         self._sites: set[str] = set()
-        self._stack: Stack | None = None
+        self._stack = NO_HANDLERS
         self._trace: Callable[[], Any] = lambda: None
 
     # ----------------------------------------------------------------------- sites
@@ -236,7 +236,7 @@ class FlipoutMessenger(Messenger):
             self._batch_particles(msg)
 
     def _decide(self, msg: Message) -> SymmetricDraw | NoDraw:
-        name, infer = msg["name"], msg["infer"]
+        name, infer, plates = msg["name"], msg["infer"], msg["cond_indep_stack"]
         if name in self._shared:
             return NoDraw(self._shared[name])
         wish = infer.get("flipout")
@@ -251,9 +251,9 @@ class FlipoutMessenger(Messenger):
             return NoDraw("it is auxiliary")
         named = bool(wish) or (self.expose is not None and name in self.expose)
         if not named:
-            plates = [f.name for f in msg["cond_indep_stack"] if f.name not in PARTICLE_PLATES]
-            if plates:
-                return NoDraw(f"it is local to the plate '{plates[0]}'")
+            local = [f.name for f in plates if f.name not in PARTICLE_PLATES] if plates else None
+            if local:
+                return NoDraw(f"it is local to the plate '{local[0]}'")
             if _is_discrete(msg["fn"]):
                 return NoDraw("it is discrete")
         found = self._remembered(name, find_symmetric_draw(msg, named, self._stack))
@@ -317,7 +317,6 @@ class FlipoutMessenger(Messenger):
 
     def _execution_of(self, name: str) -> Execution:
         """The current execution: a new one for a new trace, or when a site comes again."""
-        self._stack = current_stack(self._stack)
         trace = None if self._stack.recorder is None else self._stack.recorder.trace
         if self._execution is None or name in self._sites or trace is not self._trace():
             self._execution = Execution(
@@ -342,7 +341,7 @@ class FlipoutMessenger(Messenger):
 
     def _check_prior(self, msg: Message, draws: list[Draw]) -> None:
         """A site drawn here from flipped parameters needs them to be one joint draw."""
-        if self._execution is not None and replayed_site(msg) is None:
+        if self._execution is not None and replayed_site(msg, current_stack()) is None:
             for draw in draws:
                 self._execution.share([draw], depends(msg["name"], draw.site))
 

@@ -61,6 +61,7 @@ from pyro_flipout.errors import NotSymmetricError
 from pyro_flipout.symmetric import symmetric_center, symmetric_delta
 
 __all__ = [
+    "NO_HANDLERS",
     "NoDraw",
     "Stack",
     "SymmetricDraw",
@@ -118,8 +119,8 @@ class Stack:
 
     __slots__ = ("_together", "equalizers", "frames", "recorder", "replays")
 
-    def __init__(self) -> None:
-        self.frames = list(runtime._PYRO_STACK)
+    def __init__(self, frames: Iterable[Messenger]) -> None:
+        self.frames = list(frames)
         self.equalizers: list[EqualizeMessenger] = []
         self.replays: list[ReplayMessenger] = []
         self.recorder: TraceMessenger | None = None
@@ -139,9 +140,12 @@ class Stack:
         return self._together[trace]
 
 
-def current_stack(last: Stack | None = None) -> Stack:
+NO_HANDLERS = Stack([])
+
+
+def current_stack(last: Stack = NO_HANDLERS) -> Stack:
     """The stack as it is now, which is the last one if no handler came or went."""
-    return last if last is not None and last.frames == runtime._PYRO_STACK else Stack()
+    return last if last.frames == runtime._PYRO_STACK else Stack(runtime._PYRO_STACK)
 
 
 # Handlers of Pyro that leave the value of an unobserved continuous site alone, or mark
@@ -172,22 +176,19 @@ _NEVER_SETS_VALUES = (
 )
 
 
-def find_symmetric_draw(
-    msg: Message, vouched: bool = False, stack: Stack | None = None
-) -> SymmetricDraw | NoDraw:
+def find_symmetric_draw(msg: Message, vouched: bool, stack: Stack) -> SymmetricDraw | NoDraw:
     """Finds the symmetric draw that the value of a sample site is.
 
     :param msg: a sample message with its final value, seen with the handlers that
         processed it still on the stack.
     :param vouched: the user named this site, so that unknown handlers are trusted.
-    :param stack: that stack, if it is known.
+    :param stack: what is on that stack.
     """
-    stack = current_stack(stack)
     if msg["is_observed"]:
         return NoDraw("it is observed")
     if msg.get("_intervener_id") is not None:
         return NoDraw("it is intervened on, and nothing in the model uses it")
-    if any(frame._is_matching(msg) for frame in stack.equalizers):
+    if stack.equalizers and any(frame._is_matching(msg) for frame in stack.equalizers):
         return NoDraw(
             "poutine.equalize gives its one value to other sites too; name it in "
             "flipout(hide=[...])",
@@ -217,12 +218,12 @@ def _is_trial(msg: Message) -> bool:
     return False
 
 
-def replayed_site(msg: Message, stack: Stack | None = None) -> tuple[Message, Trace] | None:
+def replayed_site(msg: Message, stack: Stack) -> tuple[Message, Trace] | None:
     """The guide's site that the value was replayed from, and the guide's trace."""
     value = msg["value"]
     if type(value) is not Tensor:
         value = getattr(value, "plain", value)
-    for frame in current_stack(stack).replays:
+    for frame in stack.replays:
         if frame.trace is not None:
             node = frame.trace.nodes.get(msg["name"])
             if node is not None and node["value"] is value:
@@ -269,9 +270,7 @@ def _drawn(msg: Message) -> SymmetricDraw | NoDraw:
     return SymmetricDraw(center, symmetric_delta(fn, value), fn)
 
 
-def _replayed(
-    msg: Message, node: Message, trace: Trace, stack: Stack
-) -> SymmetricDraw | NoDraw:
+def _replayed(msg: Message, node: Message, trace: Trace, stack: Stack) -> SymmetricDraw | NoDraw:
     fn, value = node["fn"], node["value"]
     delta = symmetric_delta(fn, value)
     if delta is not None and value.requires_grad and stack.drawn_together(trace):
@@ -537,7 +536,8 @@ _GRAPHS: weakref.WeakKeyDictionary[Trace, _GuideGraph] = weakref.WeakKeyDictiona
 
 def forget_guides() -> None:
     """Looks at the traces of guides anew: their nodes may have been replaced."""
-    _GRAPHS.clear()
+    if len(_GRAPHS):
+        _GRAPHS.clear()
 
 
 def _guide_graph(trace: Trace) -> _GuideGraph:

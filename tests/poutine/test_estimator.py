@@ -77,7 +77,7 @@ class PriorsCentre:
     """Planted bug (TyXe's): the centre of the prior instead of the guide's."""
 
     def __init__(self, monkeypatch):
-        def wrong(msg, vouched=False, stack=None):
+        def wrong(msg, vouched, stack):
             found = right(msg, vouched, stack)
             if isinstance(found, symmetric_draw.SymmetricDraw):
                 center = symmetric_draw.symmetric_center(msg["fn"])
