@@ -359,7 +359,7 @@ class Draw:
     """
 
     __slots__ = (
-        *("_codes", "_factors", "_lead_dims", "_shape", "_sources"),
+        *("_codes", "_factors", "_lead_dims", "_shape", "_sources", "_start"),
         *("__weakref__", "execution", "shared", "site", "used"),
     )
 
@@ -372,10 +372,10 @@ class Draw:
         self._factors: tuple[Factor, ...] | None = None
         self._sources: tuple[SignFactor, ...] | None = None
         event = self._shape[lead_dims:] if lead_dims else self._shape
-        count = sum(event[:2]) if event else 1
+        count = event[0] + event[1] if len(event) > 1 else event[0] if event else 1
         if lead_dims:
             count *= self._shape[:lead_dims].numel()
-        self._codes = execution.draw_codes(count, value.device)
+        self._codes, self._start = execution.draw_codes(count, value.device)
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -383,7 +383,7 @@ class Draw:
         if self._factors is not None:
             return self._factors
         lead, event = tuple(self._shape[: self._lead_dims]), tuple(self._shape[self._lead_dims :])
-        codes, start = self.execution.look_at(self._codes[0]), self._codes[1]
+        codes, start = self.execution.look_at(self._codes), self._start
         if self._sources is None:
             self._sources = tuple(SignFactor(self) for _ in range(min(2, len(event)) or 1))
         factors = []

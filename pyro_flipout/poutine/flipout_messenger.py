@@ -239,20 +239,19 @@ class FlipoutMessenger(Messenger):
         name, infer, plates = msg["name"], msg["infer"], msg["cond_indep_stack"]
         if name in self._shared:
             return NoDraw(self._shared[name])
-        wish = infer.get("flipout")
+        wish = infer.get("flipout") if infer else None
         if wish not in (None, True, False):
             raise ValueError(
                 f"flipout: site '{name}' has infer={{\"flipout\": {wish!r}}}, "
                 "expected True or False"
             )
-        if wish is False or self._hides(msg):
+        if wish is False or self._hides(msg, name):
             return NoDraw("it is hidden")
-        if infer.get("is_auxiliary") or infer.get("was_observed"):
+        if infer and (infer.get("is_auxiliary") or infer.get("was_observed")):
             return NoDraw("it is auxiliary")
         named = bool(wish) or (self.expose is not None and name in self.expose)
         if not named:
-            local = [f.name for f in plates if f.name not in PARTICLE_PLATES] if plates else None
-            if local:
+            if plates and (local := [f.name for f in plates if f.name not in PARTICLE_PLATES]):
                 return NoDraw(f"it is local to the plate '{local[0]}'")
             if _is_discrete(msg["fn"]):
                 return NoDraw("it is discrete")
@@ -275,12 +274,11 @@ class FlipoutMessenger(Messenger):
             del self._joint[name]
         return found
 
-    def _hides(self, msg: Message) -> bool:
+    def _hides(self, msg: Message, name: str) -> bool:
         if self.hide_fn is not None:
             return bool(self.hide_fn(msg))
         if self.expose_fn is not None:
             return not self.expose_fn(msg)
-        name = msg["name"]
         return (self.hide is not None and name in self.hide) or (
             self.expose is not None and name not in self.expose
         )
