@@ -275,11 +275,11 @@ def _replayed(msg: Message, node: Message, trace: Trace, stack: Stack) -> Symmet
     delta = symmetric_delta(fn, value)
     if delta is not None and value.requires_grad and stack.drawn_together(trace):
         return SymmetricDraw(without_events(fn).center_beside, delta, fn)
-    source, center = node, None
+    source, center, graph = node, None, _guide_graph(trace)
     if _is_delta(fn):
-        found = _aliased_draw(value, trace)
+        found = graph.aliased(value)
         if found is None:
-            return _no_source(msg, value, trace)
+            return _no_source(msg, value, graph)
         source = found
     try:
         center = symmetric_center(source["fn"])
@@ -288,7 +288,7 @@ def _replayed(msg: Message, node: Message, trace: Trace, stack: Stack) -> Symmet
         return NoDraw(reason, is_real(msg["fn"]), source["name"])
     if source is not node:
         center = _same_view(value, source["value"], center)
-    blocker = _score_function(source, center) or _entangled(node, source, trace)
+    blocker = _score_function(source, center) or _entangled(node, source, graph)
     if blocker is not None:
         return blocker
     if source is node:
@@ -298,8 +298,7 @@ def _replayed(msg: Message, node: Message, trace: Trace, stack: Stack) -> Symmet
     )
 
 
-def _no_source(msg: Message, value: Tensor, trace: Trace) -> NoDraw:
-    graph = _guide_graph(trace)
+def _no_source(msg: Message, value: Tensor, graph: _GuideGraph) -> NoDraw:
     names = sorted(graph.upstream([value]) - {msg["name"]})
     if not names and value.grad_fn is not None:  # computed, but of what?
         names = graph.untracked
@@ -311,13 +310,6 @@ def _no_source(msg: Message, value: Tensor, trace: Trace) -> NoDraw:
         tell=is_real(msg["fn"]),
         source=names[0],
     )
-
-
-def _aliased_draw(value: Tensor, trace: Trace) -> Message | None:
-    """The draw of the guide that ``value`` is a view of, by storage."""
-    if value.numel() == 0:
-        return None
-    return _guide_graph(trace).storages.get(value.untyped_storage().data_ptr())
 
 
 def _same_view(view: Tensor, base: Tensor, center: Tensor) -> Tensor:
@@ -353,14 +345,14 @@ def _score_function(source: Message, center: Tensor) -> NoDraw | None:
     )
 
 
-def _entangled(node: Message, source: Message, trace: Trace) -> NoDraw | None:
+def _entangled(node: Message, source: Message, graph: _GuideGraph) -> NoDraw | None:
     """Refuses draws that another site of the guide depends on, or has elements of."""
-    name, graph = node["name"], _guide_graph(trace)
+    name = node["name"]
     auxiliary = source["infer"].get("is_auxiliary")
     other: str | None
     for other in graph.dependents.get(source["name"], ()):
         # Autoguides cut an auxiliary draw into disjoint parts.
-        if other != name and not (auxiliary and _is_delta(trace.nodes[other]["fn"])):
+        if other != name and not (auxiliary and _is_delta(graph.sites[other]["fn"])):
             return NoDraw(depends(other, name), tell=True, source=name, joint=True)
     value = node["value"]
     if source is not node and not auxiliary:
@@ -427,6 +419,7 @@ def depends(name: str, on: str) -> str:
 class _GuideGraph:
     """Which draws of a guide the others are computed from, by autograd history.
 
+    :ivar sites: the guide's sample sites, by name.
     :ivar draws: the draw that an output of an autograd node is.
     :ivar storages: the draw whose value has its storage at an address.
     :ivar views: names and values of the model's sites there.
@@ -442,21 +435,21 @@ class _GuideGraph:
         self.views: dict[int, list[tuple[str, Tensor]]] = {}
         self._in_common: dict[int, dict[str, str]] = {}
         self.untracked: list[str] = []
-        sites = [(n, node) for n, node in trace.nodes.items() if node["type"] == "sample"]
+        self.sites = {n: node for n, node in trace.nodes.items() if node["type"] == "sample"}
         outputs: dict[str, Any] = {}
-        for name, node in sites:
+        for name, node in self.sites.items():
             value = node["value"]
             if not isinstance(value, Tensor):
                 continue
-            if value.grad_fn is not None:
-                outputs[name] = step = value.grad_fn, value.output_nr
+            if (history := value.grad_fn) is not None:
+                outputs[name] = step = history, value.output_nr
                 self.draws[step] = name
             if not node["is_observed"]:
-                self._add(name, node)
+                self._add(name, node, history)
         self.dependents: dict[str, list[str]] = {}
         if _drawn_together(trace):
             return
-        for name, node in sites:
+        for name, node in self.sites.items():
             output, fn = outputs.get(name), without_events(node["fn"])
             hidden = output is not None and type(fn) not in _SHOW_ALL
             above = self.upstream(_tensors(fn), outputs[name][0].next_functions if hidden else ())
@@ -467,15 +460,21 @@ class _GuideGraph:
                 if source != name:
                     self.dependents.setdefault(source, []).append(name)
 
-    def _add(self, name: str, node: Message) -> None:
+    def _add(self, name: str, node: Message, history: Any) -> None:
         value, auxiliary = node["value"], node["infer"].get("is_auxiliary")
         address, is_point = value.untyped_storage().data_ptr(), _is_delta(node["fn"])
         if value.numel() and (is_point or not auxiliary):
             self.views.setdefault(address, []).append((name, value))
         if not is_point:
             self.storages.setdefault(address, node)
-            if auxiliary and value.grad_fn is None:
+            if auxiliary and history is None:
                 self.untracked.append(name)
+
+    def aliased(self, value: Tensor) -> Message | None:
+        """The draw of the guide that ``value`` is a view of, by storage."""
+        if value.numel() == 0:
+            return None
+        return self.storages.get(value.untyped_storage().data_ptr())
 
     def clash(self, name: str, value: Tensor) -> str | None:
         """Another site of the model that has elements of the value of site ``name``."""
@@ -492,7 +491,7 @@ class _GuideGraph:
 
         :param steps: outputs of autograd nodes that count too.
         """
-        todo: list[Any] = [(t.grad_fn, t.output_nr) for t in tensors if t.grad_fn is not None]
+        todo: list[Any] = [(f, t.output_nr) for t in tensors if (f := t.grad_fn) is not None]
         todo += [s for s in steps if s[0] is not None]
         found: set[str] = set()
         nodes = set()
