@@ -11,8 +11,9 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.infer.mcmc.util import initialize_model
 from pyro.infer.reparam import LocScaleReparam
+from pyro.poutine.guide import GuideMessenger
 
-from pyro_flipout import FlipoutTensor, flipout
+from pyro_flipout import FlipoutTensor, FlipoutWarning, flipout
 from tests.helpers import Recording
 
 X, Y = torch.randn(6, 3), torch.randn(6)
@@ -288,6 +289,48 @@ def test_hierarchical_prior_sees_the_shared_draw():
     w, mu = handler.seen["w"].materialize(), handler.seen["mu"].materialize()
     mean = torch.einsum("ni,noi->n", X, w) + mu
     torch.testing.assert_close(t.nodes["y"]["log_prob"], dist.Normal(mean, 1.0).log_prob(Y))
+
+
+class StandardGuide(GuideMessenger):
+    """Draws every site from a normal distribution of its own, beside the model."""
+
+    def get_posterior(self, name, prior):
+        return dist.Normal(torch.zeros(prior.shape()), 0.1).to_event(prior.event_dim)
+
+
+def test_a_prior_beside_an_effect_based_guide_sees_the_shared_draw():
+    def hierarchical(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(mu, 1.0).expand([1, 3]).to_event(2))
+        return F.linear(x, w) + mu
+
+    guide, handler = StandardGuide(hierarchical), Recording()
+    told = "'mu' keeps its shared draw from now on: site 'w' depends on it"
+    with pytest.warns(FlipoutWarning, match=told), handler:
+        guide(X)
+    assert handler.decisions["w"] == "flipped"
+    model_trace, _ = guide.get_traces()
+    mu, w = (model_trace.nodes[name]["value"] for name in ("mu", "w"))
+    assert type(model_trace.nodes["w"]["fn"].log_prob(w)) is torch.Tensor
+    expected = dist.Normal(mu, 1.0).log_prob(w).sum()
+    torch.testing.assert_close(model_trace.nodes["w"]["fn"].log_prob(w), expected)
+
+
+def test_traces_inside_a_trace_are_executions_of_their_own():
+    def program(name):
+        def run(x):
+            return F.linear(x, pyro.sample(name, dist.Normal(0.0, 1.0).expand([2, 3]).to_event(2)))
+
+        return run
+
+    def both():
+        for name, x in (("a", X), ("b", X[:2])):
+            poutine.trace(program(name)).get_trace(x)
+
+    handler = Recording(on_missing_rule="error")
+    with poutine.trace(), handler:
+        both()
+    assert handler.decisions == {"a": "flipped", "b": "flipped"}
 
 
 def test_intercept_straight_into_the_likelihood():
