@@ -128,9 +128,9 @@ class Stack:
         for frame in self.frames:
             if isinstance(frame, TraceMessenger):
                 self.recorder = frame
-            elif isinstance(frame, ReplayMessenger):
+            if isinstance(frame, ReplayMessenger):
                 self.replays.append(frame)
-            elif isinstance(frame, EqualizeMessenger):
+            if isinstance(frame, EqualizeMessenger):
                 self.equalizers.append(frame)
 
     def drawn_together(self, trace: Trace) -> bool:
