@@ -150,7 +150,7 @@ _CODES_AT_ONCE = 128
 """Enough for all weights of a small network, and no large request to the allocator."""
 
 
-class Codes:
+class _Codes:
     """Random codes for several weights, drawn now and finished when first asked for.
 
     One example needs none, and what a step calls once costs it tens of microseconds.
@@ -206,10 +206,10 @@ class Execution:
         self._held: list[Callable[[], None]] = []  # what to tell unless there is one example
         self._on_shared = on_shared or warn_shared
         self._signs: dict[tuple[Any, ...], tuple[Tensor, Signs]] = {}
-        self._codes: dict[torch.device, Codes] = {}  # from which the next weight takes its own
-        self._drawn: dict[int, Codes] = {}  # all that have been used, by address
+        self._codes: dict[torch.device, _Codes] = {}  # from which the next weight takes its own
+        self._drawn: dict[int, _Codes] = {}  # all that have been used, by address
 
-    def draw_codes(self, count: int, device: torch.device) -> tuple[Codes, int]:
+    def _draw_codes(self, count: int, device: torch.device) -> tuple[_Codes, int]:
         """Random codes of which ``count`` are for nobody else, and where these start.
 
         Small weights share a call of the generator.
@@ -217,7 +217,7 @@ class Execution:
         :raises FlipoutError: under ``torch.func.vmap`` with ``randomness="different"``.
         """
         if torch._C._are_functorch_transforms_active():  # what is made there must stay there
-            own = Codes(count, device)
+            own = _Codes(count, device)
             if own.batched:
                 raise FlipoutError(
                     'flipout: a weight was made inside torch.func.vmap with randomness="different",'
@@ -227,12 +227,12 @@ class Execution:
             return own, 0
         codes = self._codes.get(device)
         if codes is None or codes.taken + count > codes.size:
-            codes = self._codes[device] = Codes(max(count, _CODES_AT_ONCE), device)
+            codes = self._codes[device] = _Codes(max(count, _CODES_AT_ONCE), device)
         start = codes.taken
         codes.taken += count
         return codes, start
 
-    def look_at(self, codes: Codes) -> Tensor:
+    def _look_at(self, codes: _Codes) -> Tensor:
         """All of ``codes``; the signs of a part of them will be cut from those of all."""
         found = codes.get()
         if not transformed():
@@ -375,7 +375,7 @@ class Draw:
         count = event[0] + event[1] if len(event) > 1 else event[0] if event else 1
         if lead_dims:
             count *= self._shape[:lead_dims].numel()
-        self._codes, self._start = execution.draw_codes(count, value.device)
+        self._codes, self._start = execution._draw_codes(count, value.device)
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -383,7 +383,7 @@ class Draw:
         if self._factors is not None:
             return self._factors
         lead, event = tuple(self._shape[: self._lead_dims]), tuple(self._shape[self._lead_dims :])
-        codes, start = self.execution.look_at(self._codes), self._start
+        codes, start = self.execution._look_at(self._codes), self._start
         if self._sources is None:
             self._sources = tuple(SignFactor(self) for _ in range(min(2, len(event)) or 1))
         factors = []
