@@ -216,7 +216,7 @@ class Execution:
 
         :raises FlipoutError: under ``torch.func.vmap`` with ``randomness="different"``.
         """
-        if torch._C._are_functorch_transforms_active():  # what is made there must stay there
+        if transformed():  # what is made inside torch.func must stay there
             own = _Codes(count, device)
             if own.batched:
                 raise FlipoutError(
@@ -371,10 +371,8 @@ class Draw:
         self._shape, self._lead_dims = value.shape, lead_dims
         self._factors: tuple[Factor, ...] | None = None
         self._sources: tuple[SignFactor, ...] | None = None
-        event = self._shape[lead_dims:] if lead_dims else self._shape
-        count = event[0] + event[1] if len(event) > 1 else event[0] if event else 1
-        if lead_dims:
-            count *= self._shape[:lead_dims].numel()
+        lead, event = self._shape[:lead_dims].numel(), self._shape[lead_dims:]
+        count = lead * (sum(event[:2]) if event else 1)
         self._codes, self._start = execution._draw_codes(count, value.device)
 
     @property

@@ -236,23 +236,24 @@ class FlipoutMessenger(Messenger):
             self._batch_particles(msg)
 
     def _decide(self, msg: Message) -> SymmetricDraw | NoDraw:
-        name, infer, plates = msg["name"], msg["infer"], msg["cond_indep_stack"]
+        name, infer = msg["name"], msg["infer"]
         if name in self._shared:
             return NoDraw(self._shared[name])
-        wish = infer.get("flipout") if infer else None
+        wish = infer.get("flipout")
         if wish not in (None, True, False):
             raise ValueError(
                 f"flipout: site '{name}' has infer={{\"flipout\": {wish!r}}}, "
                 "expected True or False"
             )
-        if wish is False or self._hides(msg, name):
+        if wish is False or self._hides(msg):
             return NoDraw("it is hidden")
-        if infer and (infer.get("is_auxiliary") or infer.get("was_observed")):
+        if infer.get("is_auxiliary") or infer.get("was_observed"):
             return NoDraw("it is auxiliary")
         named = bool(wish) or (self.expose is not None and name in self.expose)
         if not named:
-            if plates and (local := [f.name for f in plates if f.name not in PARTICLE_PLATES]):
-                return NoDraw(f"it is local to the plate '{local[0]}'")
+            plates = [f.name for f in msg["cond_indep_stack"] if f.name not in PARTICLE_PLATES]
+            if plates:
+                return NoDraw(f"it is local to the plate '{plates[0]}'")
             if _is_discrete(msg["fn"]):
                 return NoDraw("it is discrete")
         found = self._remembered(name, find_symmetric_draw(msg, named, self._stack))
@@ -274,11 +275,12 @@ class FlipoutMessenger(Messenger):
             del self._joint[name]
         return found
 
-    def _hides(self, msg: Message, name: str) -> bool:
+    def _hides(self, msg: Message) -> bool:
         if self.hide_fn is not None:
             return bool(self.hide_fn(msg))
         if self.expose_fn is not None:
             return not self.expose_fn(msg)
+        name = msg["name"]
         return (self.hide is not None and name in self.hide) or (
             self.expose is not None and name not in self.expose
         )
@@ -339,7 +341,7 @@ class FlipoutMessenger(Messenger):
 
     def _check_prior(self, msg: Message, draws: list[Draw]) -> None:
         """A site drawn here from flipped parameters needs them to be one joint draw."""
-        if self._execution is not None and replayed_site(msg, current_stack()) is None:
+        if self._execution is not None and replayed_site(msg, self._stack) is None:
             for draw in draws:
                 self._execution.share([draw], depends(msg["name"], draw.site))
 
@@ -446,7 +448,7 @@ def _is_discrete(fn: Any) -> bool:
 def _strip(fn: Any) -> list[Draw]:
     """Replaces flipped weights in a distribution by their shared draws, in place."""
     draws: list[Draw] = []
-    fn = without_events(fn)
+    fn = without_events(fn)  # most have tensors alone, which this tells
     for item in getattr(fn, "__dict__", {}).values():
         if type(item) not in _PLAIN:
             break

@@ -62,8 +62,8 @@ def find_examples(weight: FlipoutTensor, data: Tensor, used: Sequence[int], name
     if data.is_nested:
         raise NotExamples(NESTED)
     shape, dim = data.shape, execution.example_dim
-    if len(used) == 1 and used[0] != dim < len(shape):  # in most calls
-        if shape[dim] != execution.num_examples:
+    if dim not in used and dim < len(shape):
+        if shape[dim] != execution.num_examples:  # else the words are for nobody
             execution.count(shape[dim], f"data of shape {tuple(shape)}")
         return dim
     free = [dim for dim in range(len(shape)) if dim not in used]
@@ -72,17 +72,14 @@ def find_examples(weight: FlipoutTensor, data: Tensor, used: Sequence[int], name
             f"data of shape {tuple(shape)} have no example dimension; add one in front, "
             "as in x.unsqueeze(0)"
         )
-    if dim not in free:
-        if weight.lead_dims:
-            raise NoRule(
-                "the weight has particle dimensions; use a layer such as F.linear, or "
-                "vectorize_particles=False"
-            )
-        if not (0 in free and shape[0] == execution.num_examples):
-            raise example_dim_error(weight, name, shape)
-        dim = 0
-    execution.count(shape[dim], f"data of shape {tuple(shape)}")
-    return dim
+    if weight.lead_dims:
+        raise NoRule(
+            "the weight has particle dimensions; use a layer such as F.linear, or "
+            "vectorize_particles=False"
+        )
+    if not (0 in free and shape[0] == execution.num_examples):
+        raise example_dim_error(weight, name, shape)
+    return 0
 
 
 def calling_frame(functions: Collection[object]) -> FrameType | None:
