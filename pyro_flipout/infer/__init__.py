@@ -4,6 +4,7 @@
 """Inference with flipout: a guide, the factor of its KL term, and what flipout buys."""
 
 from pyro_flipout.infer.autoguide import AutoMeanField
+from pyro_flipout.infer.captured_elbo import captured
 from pyro_flipout.infer.estimators import ESTIMATORS
 from pyro_flipout.infer.exploration import Exploration
 from pyro_flipout.infer.flip_es import FlipES
@@ -20,6 +21,7 @@ __all__ = [
     "FlipES",
     "MeanFieldELBO",
     "TemperMessenger",
+    "captured",
     "decompose_variance",
     "gradient_variance",
     "plot_gradient_variance",

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import pyro.poutine as poutine
-import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
-from torch.distributions import kl_divergence
+
+from pyro_flipout._modes import graphed, recorded
+from pyro_flipout.infer._tensor_loss import tensor_loss
 
 __all__ = ["MeanFieldELBO"]
 
@@ -64,43 +64,14 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
         :raises RuntimeError: while a CUDA graph is captured, if Pyro's validation is on.
         """
-        if not _capturing():
+        if not (graphed() or recorded()):
             return super().differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[no-untyped-call]
         if is_validation_enabled():
             raise RuntimeError(
                 "MeanFieldELBO: Pyro's validation reads numbers off the device, which the CUDA "
                 "graph that is being captured cannot; call pyro.enable_validation(False) before"
             )
-        traces = self._get_traces(model, guide, args, kwargs)  # type: ignore[no-untyped-call]
-        return sum(_loss(*pair) for pair in traces) / self.num_particles
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _loss(model_trace: Trace, guide_trace: Trace) -> Any:
-    """``TraceMeanField_ELBO``'s loss of one particle, all of it on the device."""
-    loss: Any = 0.0
-    for name, site in model_trace.nodes.items():
-        if site["type"] != "sample":
-            continue
-        if site["is_observed"]:
-            loss = loss - site["log_prob_sum"]
-            continue
-        of_guide = guide_trace.nodes[name]
-        try:
-            kl = kl_divergence(of_guide["fn"], site["fn"])  # type: ignore[arg-type]
-        except NotImplementedError:
-            loss = loss - site["log_prob_sum"] + of_guide["score_parts"].entropy_term.sum()
-        else:
-            kl = scale_and_mask(kl, of_guide["scale"], of_guide["mask"])
-            # A number, 0, for a distribution that is masked out.
-            loss = loss + (kl.sum() if isinstance(kl, torch.Tensor) else kl)
-    for name, site in guide_trace.nodes.items():
-        if site["type"] == "sample" and name not in model_trace.nodes:
-            loss = loss + site["score_parts"].entropy_term.sum()  # auxiliary
-    return loss
+        return tensor_loss(self, model, guide, args, kwargs)
 
 
 class _LazySite(dict[str, Any]):

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import numbers
-import types
 from collections.abc import Iterable
 from typing import Any, TypeVar, overload
 
@@ -21,7 +19,9 @@ from pyro.poutine.reentrant_messenger import ReentrantMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
+from pyro_flipout._modes import graphed, looked_at, recorded
 from pyro_flipout.errors import FlipoutError, warn
+from pyro_flipout.infer._elbo_mixin import ElboMixin, mixed
 from pyro_flipout.poutine.flipout_messenger import unknown_names
 from pyro_flipout.poutine.module import wrap_module
 from pyro_flipout.poutine.symmetric_draw import Message, current_stack, replayed_site
@@ -57,6 +57,7 @@ class TemperMessenger(ReentrantMessenger):
                 f"tempered: sites {sorted(both)} are named in both hide and expose; remove one"
             )
         self._frozen = False
+        self._tensors: dict[torch.dtype, torch.Tensor] = {}
         self._seen: set[str] = set()
         self._told: set[str] = set()
         self.factor = factor
@@ -80,10 +81,12 @@ class TemperMessenger(ReentrantMessenger):
             raise ValueError(f"tempered: got factor={factor!r}, expected a finite number >= 0")
         if self._frozen:
             raise FlipoutError(
-                "tempered: torch.jit has compiled the factor in as a constant; use an ELBO that "
-                "is not compiled to anneal it"
+                "tempered: torch.jit or a CUDA graph has compiled the factor in as a constant; to "
+                "anneal it, use an ELBO that is not compiled, or pyro_flipout.infer.captured"
             )
         self._factor = float(factor)
+        for tensor in self._tensors.values():
+            tensor.fill_(self._factor)
 
     def __call__(self, fn: Any) -> Any:
         """Wraps a model, a guide, or an ELBO: each is given back as what it is."""
@@ -93,7 +96,7 @@ class TemperMessenger(ReentrantMessenger):
                 f"{fn._temper.factor}; temper it once, with the product of the factors"
             )
         if isinstance(fn, ELBO):
-            return _tempered_elbo(fn, self)
+            return mixed(fn, _Tempered, self)
         if isinstance(fn, torch.nn.Module):
             return wrap_module(fn, self)
         if isinstance(fn, type) or not callable(fn):
@@ -105,9 +108,17 @@ class TemperMessenger(ReentrantMessenger):
 
     def _pyro_sample(self, msg: Message) -> None:
         if self._tempers(msg):
-            self._frozen |= torch._C._get_tracing_state() is not None
-            msg["scale"] = msg["scale"] * self._factor
+            self._frozen |= torch._C._get_tracing_state() is not None or graphed()
+            factor = self._as_tensor(msg["fn"]) if recorded() else self._factor
+            msg["scale"] = msg["scale"] * factor
             msg[_MARK] = msg.get(_MARK, 1.0) * self._factor
+
+    def _as_tensor(self, fn: Any) -> torch.Tensor:
+        """The factor for what is recorded, where a number would be a constant: it follows."""
+        dtype = _dtype_of(fn)
+        if dtype not in self._tensors:
+            self._tensors[dtype] = looked_at(lambda: torch.tensor(self._factor, dtype=dtype))
+        return self._tensors[dtype]
 
     def _pyro_post_sample(self, msg: Message) -> None:
         replayed = replayed_site(msg, current_stack())
@@ -227,39 +238,27 @@ def tempered(
     return functools.update_wrapper(wrapped, fn, updated=())
 
 
-class _Tempered:
-    """Mixin of an ELBO that runs model and guide under its handler."""
+class _Tempered(ElboMixin):
+    """Runs model and guide under its handler."""
 
+    own = "_temper"
     _temper: TemperMessenger
 
     def _get_trace(self, *args: Any) -> Any:
         with self._temper:
             return super()._get_trace(*args)  # type: ignore[misc]
 
-    def __reduce__(self) -> Any:
-        plain = copy.copy(vars(self))
-        temper = plain.pop("_temper")
-        return _rebuild, (type(self).__mro__[2], plain, temper)
+
+def _dtype_of(fn: Any) -> torch.dtype:
+    """Of a distribution's parameters."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    floating = (v.dtype for v in vars(fn).values() if _is_floating(v))
+    return next(floating, torch.get_default_dtype())
 
 
-@functools.cache
-def _tempered_class(cls: type) -> type:
-    return types.new_class(
-        cls.__name__,
-        (_Tempered, cls),
-        exec_body=lambda ns: ns.update(__module__=cls.__module__, __doc__=cls.__doc__),
-    )
-
-
-def _rebuild(cls: type, state: dict[str, Any], handler: TemperMessenger) -> Any:
-    new_class: Any = _tempered_class(cls)
-    elbo = new_class.__new__(new_class)
-    vars(elbo).update(state, _temper=handler)
-    return elbo
-
-
-def _tempered_elbo(elbo: Any, handler: TemperMessenger) -> Any:
-    return _rebuild(type(elbo), vars(elbo), handler)
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _conditioned_outside(name: str) -> bool:

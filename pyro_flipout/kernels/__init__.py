@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flipout._modes import transformed
+from pyro_flipout._modes import recorded, transformed
 from pyro_flipout.errors import warn
 
 __all__ = ["available", "flipped_linear", "possible", "signs_available"]
@@ -188,6 +188,7 @@ def _transformed() -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or transformed()
+        or recorded()
     )
 
 

@@ -57,6 +57,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 
+from pyro_flipout._modes import looked_at
 from pyro_flipout.errors import NotSymmetricError
 from pyro_flipout.symmetric import symmetric_center, symmetric_delta
 
@@ -395,11 +396,15 @@ def _repeats(x: Tensor) -> bool:
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach:
-            places = torch.arange(_extent(x)[1] + 1)
-            taken = places.as_strided(x.shape, x.stride(), x.storage_offset())
-            return len(taken.unique()) < x.numel()
+            return looked_at(lambda: len(_places(x).unique()) < x.numel())
         reach += (size - 1) * stride
     return False
+
+
+def _places(x: Tensor) -> Tensor:
+    """Where in its storage each element is."""
+    places = torch.arange(_extent(x)[1] + 1)
+    return places.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
@@ -483,7 +488,7 @@ class _GuideGraph:
         if len(views) < 2:
             return None
         if address not in self._in_common:
-            self._in_common[address] = _in_common(views)
+            self._in_common[address] = looked_at(lambda: _in_common(views))
         return self._in_common[address].get(name)
 
     def upstream(self, tensors: Iterable[Tensor], steps: Iterable[Any] = ()) -> set[str]:

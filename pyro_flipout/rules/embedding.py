@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_flipout._modes import looked_at
 from pyro_flipout.errors import FlipoutError
 from pyro_flipout.rules._product import find_examples
 from pyro_flipout.rules.shape import map_entries
@@ -50,7 +51,7 @@ def embedding(
 
     dim = _example_dim(table, input)
     if dim is None:
-        return map_entries(table, lambda value: _select(value, input, apply))
+        return map_entries(table, lambda value: _select(value, input, apply), by_data=True)
     shape = [1] * input.dim()
     shape[dim] = -1
     positions = torch.arange(input.size(dim), device=input.device).reshape(shape)
@@ -107,7 +108,9 @@ def _is_positions(input: Tensor) -> bool:
     count = input.numel()
     if count < 2 or count not in input.shape:
         return False
-    return bool((input.flatten() == torch.arange(count, device=input.device)).all())
+    return looked_at(
+        lambda: bool((input.flatten() == torch.arange(count, device=input.device)).all())
+    )
 
 
 def _select(value: Tensor, input: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:

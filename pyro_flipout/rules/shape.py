@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flipout._modes import transformed
+from pyro_flipout._modes import looked_at, recorded, transformed
 from pyro_flipout.rules._product import per_example
 from pyro_flipout.tensor import Factor, FlipoutTensor, NoRule, Term, implements, unwrap
 
@@ -34,16 +34,26 @@ def map_values(weight: FlipoutTensor, fn: ValueMap, plain: Tensor | None = None)
     return FlipoutTensor.build(plain, fn(weight.center), terms, weight.execution, weight.lead_dims)
 
 
-def map_entries(weight: FlipoutTensor, fn: ValueMap) -> FlipoutTensor:
-    """Applies a map that moves, drops or repeats entries: signs move along."""
-    terms = [Term(fn(t.delta), t.draws, map_factors(t, weight.shape, fn)) for t in weight.terms]
+def map_entries(weight: FlipoutTensor, fn: ValueMap, by_data: bool = False) -> FlipoutTensor:
+    """Applies a map that moves, drops or repeats entries: signs move along.
+
+    :param by_data: whether data say which, as an index does.
+    """
+    # What repeats for the data that are recorded may not for those that come.
+    collapse = _collapse_views if by_data and recorded() else _collapse
+    terms = [
+        Term(fn(t.delta), t.draws, map_factors(t, weight.shape, fn, collapse)) for t in weight.terms
+    ]
     plain, lead = fn(weight.plain), weight.lead_dims
     lead = lead if plain.shape[:lead] == weight.shape[:lead] else 0
     return FlipoutTensor.build(plain, fn(weight.center), terms, weight.execution, lead)
 
 
-def map_factors(term: Term, shape: torch.Size, fn: ValueMap) -> tuple[Factor, ...]:
-    return tuple((draw, _collapse(fn(codes.expand(shape)))) for draw, codes in term.factors)
+def map_factors(
+    term: Term, shape: torch.Size, fn: ValueMap, collapse: ValueMap | None = None
+) -> tuple[Factor, ...]:
+    collapse = collapse or _collapse
+    return tuple((draw, collapse(fn(codes.expand(shape)))) for draw, codes in term.factors)
 
 
 def common_lead(plain: Tensor, *weights: Any) -> int:
@@ -70,19 +80,28 @@ def repeats(weight: FlipoutTensor, dim: int) -> bool:
         codes.size(dim) > 1 for term in weight.terms for _, codes in term.factors
     ):
         return False
-    return all(
-        bool((value == value.narrow(dim, 0, 1)).all())
-        for value in (weight.plain, weight.center, *(term.delta for term in weight.terms))
-    )
+    values = weight.plain, weight.center, *(term.delta for term in weight.terms)
+    return all(_is_constant(value, dim) for value in values)
+
+
+def _is_constant(x: Tensor, dim: int) -> bool:
+    return looked_at(lambda: bool((x == x.narrow(dim, 0, 1)).all()))
 
 
 def _collapse(codes: Tensor) -> Tensor:
     """Drops repetition: dimensions along which ``codes`` are constant get size 1."""
+    codes = _collapse_views(codes)
     for dim in range(codes.dim()):
-        if codes.size(dim) > 1:
-            first = codes.narrow(dim, 0, 1)
-            if codes.stride(dim) == 0 or bool((codes == first).all()):
-                codes = first
+        if codes.size(dim) > 1 and _is_constant(codes, dim):
+            codes = codes.narrow(dim, 0, 1)
+    return codes
+
+
+def _collapse_views(codes: Tensor) -> Tensor:
+    """As :func:`_collapse`, where memory shows the repetition."""
+    for dim in range(codes.dim()):
+        if codes.size(dim) > 1 and codes.stride(dim) == 0:
+            codes = codes.narrow(dim, 0, 1)
     return codes
 
 
@@ -155,7 +174,8 @@ def view(op: Callable[..., Tensor], input: FlipoutTensor, *args: Any, **kwargs: 
         raise NoRule("a flipped weight cannot be an index")
     if any(_picks(arg) for arg in args):
         input.execution.picked.update(draw.site for draw in input.draws)
-    return map_entries(input, lambda value: op(value, *args, **kwargs))
+    by_data = any(map(_has_tensor, (*args, *kwargs.values())))
+    return map_entries(input, lambda value: op(value, *args, **kwargs), by_data)
 
 
 def _picks(index: Any) -> bool:
@@ -163,6 +183,12 @@ def _picks(index: Any) -> bool:
         return any(_picks(i) for i in index)
     return isinstance(index, Tensor) and not (
         index.is_floating_point() or index.dtype == torch.bool
+    )
+
+
+def _has_tensor(index: Any) -> bool:
+    return isinstance(index, Tensor) or (
+        isinstance(index, (tuple, list)) and any(map(_has_tensor, index))
     )
 
 

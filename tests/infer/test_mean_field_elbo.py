@@ -183,7 +183,7 @@ class NothingRead(TorchDispatchMode):
 
 @pytest.fixture
 def capturing(monkeypatch):
-    monkeypatch.setattr(mean_field_elbo, "_capturing", lambda: True)
+    monkeypatch.setattr(mean_field_elbo, "graphed", lambda: True)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -193,7 +193,7 @@ def test_captured_loss_is_the_same(make, options, monkeypatch):
     guide, elbo = make(regression), MeanFieldELBO(**options)
     guide(X, Y)
     loss, grads = loss_and_grads(elbo, guide)
-    monkeypatch.setattr(mean_field_elbo, "_capturing", lambda: True)
+    monkeypatch.setattr(mean_field_elbo, "graphed", lambda: True)
     pyro.set_rng_seed(3)
     guide.zero_grad()
     with NothingRead():

@@ -1,0 +1,329 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Loss and gradient of a Pyro program as a graph of torch's operations, recorded once."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import effectful
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.utils.rnn import PackedSequence
+
+from pyro_flipout._modes import recording
+from pyro_flipout.errors import FlipoutError
+
+__all__ = ["CapturedProgram", "Result", "capture", "is_recorder"]
+
+Result = tuple[Tensor, list[Tensor | None]]
+"""Loss, shape ``()``, and the gradient of each parameter, None where it has no part."""
+
+
+def capture(loss: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[CapturedProgram, Result]:
+    """Records a loss and its gradient while they are computed.
+
+    :param loss: computes the loss from tensors, shape ``()``.
+    :param tensors: its arguments. What else the loss depends on is a constant, but for the
+        entries of tensors and what torch draws.
+    :returns: the program, and loss and gradient of this execution.
+    :raises FlipoutError: if a number is read off a tensor, or a tensor is not on the CPU.
+    """
+    parameters: list[Tensor] = []
+    result: list[Result] = []
+
+    def program(*tensors: Tensor) -> list[Tensor]:
+        value = loss(*tensors)
+        parameters.extend(leaves(value))
+        result.append(gradients(value, parameters))
+        return [result[0][0], *(g for g in result[0][1] if g is not None)]
+
+    modes: dict[torch.nn.Module, bool] = {}
+    with poutine.trace(param_only=True) as found, _modules(modes), recording():
+        graph = _record(program, tensors)
+    _need_cpu([*tensors, *parameters, *_held(graph)])
+    nodes: dict[str, Any] = found.trace.nodes
+    sites = {name: site["value"].unconstrained() for name, site in nodes.items()}
+    return CapturedProgram(graph, tensors, parameters, result[0][1], sites, modes), result[0]
+
+
+class CapturedProgram:
+    """A loss and its gradient, recorded.
+
+    :param graph: what was recorded.
+    :param tensors: the arguments.
+    :param parameters: the leaves that the loss has a gradient for.
+    :param grads: their gradients.
+    :param sites: unconstrained parameters of Pyro by name.
+    :param modes: the modules that ran, and whether each was in training mode.
+
+    :ivar parameters: as given.
+    :ivar checked: whether a replay was compared with the program.
+    """
+
+    def __init__(
+        self,
+        graph: GraphModule,
+        tensors: Sequence[Tensor],
+        parameters: list[Tensor],
+        grads: list[Tensor | None],
+        sites: dict[str, Tensor],
+        modes: dict[torch.nn.Module, bool],
+    ) -> None:
+        self.parameters, self.checked = parameters, False
+        self._run, self._sites, self._modes = graph.forward, sites, modes
+        stored = pyro.get_param_store().named_parameters()
+        self._stored = {name: value for name, value in stored if sites.get(name) is value}
+        self._given = [g is not None for g in grads]
+        self._copied = _shared(parameters, grads, [*tensors, *_held(graph)])
+        held, self._changed_arguments = _written(graph)
+        # Kernels of batch norm write to buffers without saying so.
+        self._state = held + [b for m in modes for b in m.buffers(recurse=False)]
+
+    def fits(self) -> bool:
+        """Whether the program is still made of these parameters, its modules in these modes."""
+        stored = dict(pyro.get_param_store().named_parameters())
+        return self._lives(stored) and all(m.training == mode for m, mode in self._modes.items())
+
+    def lives(self) -> bool:
+        """Whether its parameters are still those of the parameter store."""
+        return self._lives(dict(pyro.get_param_store().named_parameters()))
+
+    def _lives(self, stored: dict[str, Tensor]) -> bool:
+        return all(stored.get(name) is value for name, value in self._stored.items())
+
+    def __call__(self, *tensors: Tensor) -> Result:
+        """Replays the program, with new noise."""
+        with torch.no_grad(), _without_autocast():
+            loss, *found = self._run(*tensors)
+        for i in self._copied:
+            found[i] = found[i].clone()
+        rest = iter(found)
+        return loss, [next(rest) if given else None for given in self._given]
+
+    def check(self, loss: Callable[..., Any], tensors: Sequence[Tensor]) -> Result:
+        """Replays the program and runs it, from the same state of everything.
+
+        :param loss: the program itself.
+        :returns: loss and gradient of the run.
+        :raises FlipoutError: if they differ.
+        """
+        generator = torch.get_rng_state()
+        state = [*self._state, *(tensors[i] for i in self._changed_arguments)]
+        before = [(t, t.clone()) for t in state]
+        replayed = self(*tensors)
+        torch.set_rng_state(generator)
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        result = gradients(loss(*tensors), self.parameters)
+        for of, got, expected in self._pairs(replayed, result):
+            if not _agree(got, expected):
+                raise FlipoutError(
+                    f"captured: replayed, {of} is {_size(got)}, but the program gives "
+                    f"{_size(expected)}. Something that is neither a tensor nor drawn by torch "
+                    "changes from call to call (a counter, a Python or NumPy random number, an "
+                    "attribute that is set anew): make it a tensor that is changed in place, or an "
+                    "argument; or train this program without captured()"
+                )
+        self.checked = True
+        return result
+
+    def _pairs(self, got: Result, expected: Result) -> Iterator[tuple[str, Any, Any]]:
+        yield "the loss", got[0], expected[0]
+        names = {id(value): name for name, value in self._sites.items()}
+        for parameter, ours, theirs in zip(self.parameters, got[1], expected[1], strict=True):
+            name = names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)}")
+            yield f"the gradient of {name}", ours, theirs
+
+    def tell_parameters(self) -> None:
+        """Lets Pyro's handlers know the parameters, as the program does.
+
+        ``SVI`` looks for them with a handler of its own, and asks for the unconstrained ones.
+        Computing a constrained value that no one reads would take a pass over each.
+        """
+        outer = [h for h in pyro.poutine.runtime._PYRO_STACK if not is_recorder(h)]
+        for name, value in self._sites.items():
+            if outer and name in self._stored:
+                pyro.param(name)
+            else:
+                _parameter(value, name=name)
+
+
+def _shared(
+    parameters: list[Tensor], grads: list[Tensor | None], others: list[Tensor]
+) -> list[int]:
+    """Which of the gradients there are have memory in common with something, or gaps."""
+    pairs = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
+    everything = {id(t): t for t in (*others, *parameters)}.values()
+    uses = Counter(t.untyped_storage().data_ptr() for t in (*everything, *(g for _, g in pairs)))
+    return [
+        i
+        for i, (p, g) in enumerate(pairs)
+        if uses[g.untyped_storage().data_ptr()] > 1 or g.stride() != p.stride()
+    ]
+
+
+def is_recorder(handler: Any) -> bool:
+    """Whether a handler only records parameters, as those of ``SVI`` do."""
+    return type(handler) is poutine.trace_messenger.TraceMessenger and bool(handler.param_only)
+
+
+@effectful(type="param")
+def _parameter(value: Any) -> Any:
+    value.unconstrained = weakref.ref(value)
+    return value
+
+
+def gradients(loss: Any, parameters: list[Tensor]) -> Result:
+    """The loss and its gradients, as ``backward`` would take them."""
+    if not parameters:
+        return torch.as_tensor(loss).detach(), []
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return loss.detach(), list(grads)
+
+
+def leaves(loss: Any) -> list[Tensor]:
+    """The leaves that a loss has a gradient for, in an order of their own."""
+    found: dict[int, Tensor] = {}
+    root = getattr(loss, "grad_fn", None)
+    todo, seen = [root] if root is not None else [], set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        todo += [next_ for next_, _ in node.next_functions if next_ is not None]
+    return list(found.values())
+
+
+def _record(program: Callable[..., Any], tensors: Sequence[Tensor]) -> GraphModule:
+    try:
+        with pyro.validation_enabled(False), _Unvalidated():
+            return make_fx(program)(*tensors)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FlipoutError(
+            f"captured: the program cannot be recorded: {reason}. It must not read a number off a "
+            "tensor (.item(), float(), `if tensor:`) nor change its course by one; compute with "
+            "the tensor, or train this program without captured()"
+        ) from error
+
+
+class _Unvalidated(Messenger):
+    """Distributions made before do not validate meanwhile: that reads numbers."""
+
+    def __enter__(self) -> Any:
+        self._changed: list[dict[str, Any]] = []
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        for state in self._changed:
+            state["_validate_args"] = True
+        super().__exit__(*args)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        todo = [msg["fn"]]
+        while todo:
+            state = vars(todo.pop())
+            todo += [part for part in state.values() if isinstance(part, Distribution)]
+            if state.get("_validate_args"):
+                state["_validate_args"] = False
+                self._changed.append(state)
+
+
+@contextlib.contextmanager
+def _modules(modes: dict[torch.nn.Module, bool]) -> Iterator[None]:
+    """Notes the modules that run, and whether each is in training mode."""
+
+    def note(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        modes[module] = module.training
+        if any(isinstance(arg, PackedSequence) for arg in args):
+            raise FlipoutError(
+                f"captured: {type(module).__name__} got a packed sequence, whose lengths are "
+                "numbers that a replay could not follow; pad the sequences and mask the loss, or "
+                "train this program without captured()"
+            )
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _need_cpu(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise FlipoutError(
+                f"captured: got a tensor on {tensor.device}, expected all on the CPU; on a GPU "
+                "capture the step as a CUDA graph, as the documentation shows under Performance"
+            )
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """What is recorded has been cast."""
+    if not torch.is_autocast_enabled("cpu"):
+        yield
+        return
+    with torch.autocast("cpu", enabled=False):
+        yield
+
+
+def _held(graph: GraphModule) -> list[Tensor]:
+    """The tensors that a graph reads without being given them."""
+    names = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    return [t for t in (getattr(graph, str(name)) for name in names) if isinstance(t, Tensor)]
+
+
+def _written(graph: GraphModule) -> tuple[list[Tensor], list[int]]:
+    """Tensors that a graph holds and writes to, and positions of the arguments that it does."""
+    roots: dict[Node, Node] = {}
+    found: set[Node] = set()
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node in graph.graph.nodes:
+        roots[node] = roots[node.args[0]] if node.target is operator.getitem else node
+        schema = getattr(node.target, "_schema", None)
+        for i, spec in enumerate(schema.arguments if schema is not None else ()):
+            arg = node.args[i] if i < len(node.args) else node.kwargs.get(spec.name)
+            if spec.alias_info is not None and isinstance(arg, Node):
+                roots[node] = roots[arg]
+                found |= {roots[arg]} if spec.alias_info.is_write else set()
+    held: dict[str, Tensor] = {
+        str(node.target): getattr(graph, str(node.target))
+        for node in found
+        if node.op == "get_attr"
+    }
+    return list(held.values()), [i for i, node in enumerate(inputs) if node in found]
+
+
+def _agree(got: Tensor | None, expected: Tensor | None) -> bool:
+    """Whether they are equal, up to rounding."""
+    if got is None or expected is None:
+        return got is expected
+    if bool(torch.isclose(got, expected, rtol=0, atol=0, equal_nan=True).all()):
+        return True
+    allowed = torch.finfo(expected.dtype).eps ** 0.5 * expected.norm()
+    return bool((got - expected).norm() <= allowed)
+
+
+def _size(x: Tensor | None) -> str:
+    if x is None:
+        return "missing"
+    return f"{float(x):.6g}" if x.dim() == 0 else f"of norm {float(x.norm()):.6g}"

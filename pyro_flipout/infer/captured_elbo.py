@@ -1,0 +1,277 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Steps of SVI without Python: the program is recorded once and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, TypeVar
+
+import pyro.poutine.runtime as runtime
+import torch
+from pyro.infer import (
+    ELBO,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+)
+from pyro.util import warn_if_nan
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pyro_flipout._modes import recorded
+from pyro_flipout.errors import FlipoutError
+from pyro_flipout.infer._captured_program import (
+    CapturedProgram,
+    Result,
+    capture,
+    is_recorder,
+)
+from pyro_flipout.infer._elbo_mixin import ElboMixin, mixed
+from pyro_flipout.infer._tensor_loss import is_stock, tensor_loss
+from pyro_flipout.infer.mean_field_elbo import MeanFieldELBO
+
+__all__ = ["captured"]
+
+E = TypeVar("E")
+
+MOST = 32
+"""Programs that one ELBO keeps: past that the calls differ more than replaying is good for."""
+
+_COMPILED = JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO
+
+
+def captured(elbo: E) -> E:
+    r"""An ELBO that records model, guide and gradient once and replays them, on a CPU.
+
+    For networks and mini-batches that are small a good part of a step is Python's: Pyro's
+    handlers, distributions, autograd. A replayed step calls only torch's operations that compute
+    something, the same ones in the same order: loss and gradients are those of ``elbo``, to the
+    last bit. Model, guide, optimiser and ``SVI`` stay as they are.
+
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> from pyro.infer import SVI
+    >>> from pyro_flipout import flipout
+    >>> from pyro_flipout.infer import AutoMeanField, MeanFieldELBO, captured
+    >>> def model(x, y):
+    ...     w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+    ...     mean = torch.nn.functional.linear(x, w).squeeze(-1)
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+    >>> optim = pyro.optim.Adam({"lr": 0.01})
+    >>> svi = SVI(flipout(model), AutoMeanField(model), optim, captured(MeanFieldELBO()))
+    >>> x, y = torch.randn(8, 3), torch.randn(8)
+    >>> for _ in range(20):
+    ...     loss = svi.step(x, y)
+
+    What is fixed when a program is recorded, and what is not:
+
+    - *Tensors* are read anew at each call: arguments, parameters, buffers, and whatever the
+      program reaches by a closure or an attribute, if it is changed in place.
+    - Whatever torch draws is drawn anew: weights, signs, dropout, subsamples.
+    - Shapes, dtypes, arguments that are no tensors, the modes of modules (``train``, ``eval``),
+      autocast and the handlers around the call are looked at; where they are new, the program is
+      recorded anew. A smaller last batch costs one more program. The factor of
+      :func:`tempered` may be annealed.
+    - Everything else that Python computes is a constant from then on.
+
+    The first call with new arguments runs the program as it is, the second records it (a second
+    or so for each thousand operations), the third replays it *and* runs it, and compares.
+    From the fourth on it is replayed. Pyro's validation is in the first and third alone.
+
+    Works with ``Trace_ELBO``, ``TraceMeanField_ELBO``, :class:`MeanFieldELBO`, these under
+    :func:`tempered`, and an ELBO of your own that has a ``differentiable_loss`` which reads no
+    number off a tensor. ``loss`` is not captured.
+
+    :param ELBO elbo: the ELBO; it is left as it is.
+    :returns: an ELBO of the same class.
+    :raises TypeError: if it is no ELBO that can be captured.
+    :raises FlipoutError: when run, if the program reads a number off a tensor or has tensors that
+        are not on the CPU, if a replay does not give what the program gives, or if there are more
+        than 32 programs.
+    """
+    if isinstance(elbo, _Captured):
+        raise ValueError("captured: got an ELBO that is captured already; capture it once")
+    if not isinstance(elbo, ELBO):
+        raise TypeError(
+            f"captured: got {elbo!r} of type {type(elbo).__name__}, expected an ELBO such as "
+            "MeanFieldELBO(); model and guide stay as they are"
+        )
+    if isinstance(elbo, _COMPILED):
+        raise TypeError(
+            f"captured: got {type(elbo).__name__}, which torch.jit compiles; give the ELBO that "
+            "is not compiled, such as Trace_ELBO()"
+        )
+    stock = is_stock(elbo, MeanFieldELBO)
+    if not (stock or hasattr(elbo, "differentiable_loss")):
+        raise TypeError(
+            f"captured: got {type(elbo).__name__}, which has no differentiable_loss; use "
+            "Trace_ELBO, TraceMeanField_ELBO or MeanFieldELBO"
+        )
+    captured_elbo: E = mixed(elbo, _Captured, _Programs(stock))
+    return captured_elbo
+
+
+class _Programs:
+    """What an ELBO has recorded. A copy of it starts without."""
+
+    def __init__(self, stock: bool) -> None:
+        self.stock = stock
+        self.seen: set[Hashable] = set()
+        self.recorded: dict[Hashable, list[CapturedProgram]] = {}
+
+    def __reduce__(self) -> Any:
+        return _Programs, (self.stock,)
+
+    def find(self, key: Hashable) -> CapturedProgram | None:
+        return next((p for p in self.recorded.get(key, ()) if p.fits()), None)
+
+    def add(self, key: Hashable, program: CapturedProgram) -> None:
+        for programs in self.recorded.values():
+            programs[:] = [p for p in programs if p.lives()]
+        self.recorded.setdefault(key, []).append(program)
+
+    def make_room(self) -> None:
+        """:raises FlipoutError: if there is none."""
+        if sum(map(len, self.recorded.values())) >= MOST:
+            raise FlipoutError(
+                f"captured: this call would be recorded as program number {MOST + 1}; a program is "
+                "recorded for every new shape of the arguments, for every new value of arguments "
+                "that are no tensors and for new handlers around the call. Give batches one size "
+                "(DataLoader's drop_last=True), numbers as tensors, and make handlers once"
+            )
+
+
+class _Captured(ElboMixin):
+    """Takes loss and gradients from recorded programs."""
+
+    own = "_programs"
+    _programs: _Programs
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss; the gradients are added to those of the parameters."""
+        known = self._known(model, guide, args, kwargs)
+        if known is None:
+            return super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc]
+        parameters, (loss, grads) = known
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        warn_if_nan(loss, "loss")
+        return loss.item()
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss as a tensor with a gradient, that of the parameters alone and once."""
+        known = self._known(model, guide, args, kwargs)
+        if known is None:
+            return super().differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
+        parameters, (loss, grads) = known
+        return _Known.apply(loss, grads, *parameters)  # type: ignore[no-untyped-call]
+
+    def _known(
+        self, model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> tuple[list[Tensor], Result] | None:
+        """Parameters, loss and gradients; None if the program has not run with such arguments."""
+        if recorded() or not torch.is_grad_enabled():
+            return None
+        leaves, tree = tree_flatten((args, kwargs))
+        key = self._key(model, guide, leaves, tree)
+        programs = self._programs
+        if key not in programs.seen:
+            programs.seen.add(key)
+            return None
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+        def run(*tensors: Tensor) -> Any:
+            rest = iter(tensors)
+            given = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = tree_unflatten(given, tree)
+            if recorded() and programs.stock:
+                return tensor_loss(self, model, guide, args, kwargs)
+            return super(_Captured, self).differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
+
+        program = programs.find(key)
+        if program is None:
+            programs.make_room()
+            program, result = capture(run, tensors)
+            programs.add(key, program)
+        elif not program.checked:
+            result = program.check(run, tensors)
+        else:
+            program.tell_parameters()
+            result = program(*tensors)
+        return program.parameters, result
+
+    def _key(self, model: Any, guide: Any, leaves: list[Any], tree: Hashable) -> Hashable:
+        """All that a program is recorded for."""
+        outer = tuple(_Same(h) for h in runtime._PYRO_STACK if not is_recorder(h))
+        modes = (
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+            torch.get_default_dtype(),
+        )
+        options = (self.num_particles, self.vectorize_particles)  # type: ignore[attr-defined]
+        # Tempering a captured ELBO copies it with its programs, which are not those of the copy.
+        own = _Same(self), _Same(type(self)), options
+        return own, model, guide, tree, tuple(map(_kind, leaves)), modes, outer
+
+
+class _Same:
+    """Equal to what is the same object."""
+
+    __slots__ = ("it",)
+
+    def __init__(self, it: object) -> None:
+        self.it = it
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.it is self.it
+
+    def __hash__(self) -> int:
+        return id(self.it)
+
+
+def _kind(leaf: Any) -> Hashable:
+    """What a program depends on of an argument.
+
+    :raises FlipoutError: if it is a tensor that wants a gradient, or is not plain.
+    :raises TypeError: if it is no tensor and cannot be compared.
+    """
+    if isinstance(leaf, Tensor):
+        if leaf.requires_grad:
+            raise FlipoutError(
+                f"captured: got an argument of shape {tuple(leaf.shape)} that requires a gradient, "
+                "expected data; make it a pyro.param of the program"
+            )
+        if type(leaf) is not Tensor or leaf.layout != torch.strided:
+            raise FlipoutError(
+                f"captured: got an argument of type {type(leaf).__name__}, layout {leaf.layout}, "
+                "expected a plain tensor"
+            )
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    try:
+        hash(leaf)
+    except TypeError:
+        raise TypeError(
+            f"captured: got an argument of type {type(leaf).__name__}, of which cannot be told "
+            "whether it has changed; give tensors, numbers, strings, and lists, tuples and "
+            "dictionaries of these"
+        ) from None
+    return type(leaf), leaf
+
+
+class _Known(torch.autograd.Function):
+    """A loss whose gradient is known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, None, *(None if g is None else grad * g for g in ctx.grads)
