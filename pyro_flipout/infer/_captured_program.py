@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +18,14 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils.rnn import PackedSequence
 
 from pyro_flipout._modes import recording
 from pyro_flipout.errors import FlipoutError
+from pyro_flipout.infer._captured_graph import call_directly, held, written
 
 __all__ = ["CapturedProgram", "Result", "capture", "is_recorder"]
 
@@ -54,7 +54,7 @@ def capture(loss: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[Captur
     modes: dict[torch.nn.Module, bool] = {}
     with poutine.trace(param_only=True) as found, _modules(modes), recording():
         graph = _record(program, tensors)
-    _need_cpu([*tensors, *parameters, *_held(graph)])
+    _need_cpu([*tensors, *parameters, *held(graph)])
     nodes: dict[str, Any] = found.trace.nodes
     sites = {name: site["value"].unconstrained() for name, site in nodes.items()}
     return CapturedProgram(graph, tensors, parameters, result[0][1], sites, modes), result[0]
@@ -84,14 +84,16 @@ class CapturedProgram:
         modes: dict[torch.nn.Module, bool],
     ) -> None:
         self.parameters, self.checked = parameters, False
-        self._run, self._sites, self._modes = graph.forward, sites, modes
+        self._sites, self._modes = sites, modes
         stored = pyro.get_param_store().named_parameters()
         self._stored = {name: value for name, value in stored if sites.get(name) is value}
         self._given = [g is not None for g in grads]
-        self._copied = _shared(parameters, grads, [*tensors, *_held(graph)])
-        held, self._changed_arguments = _written(graph)
+        self._copied = _shared(parameters, grads, [*tensors, *held(graph)])
+        own, self._changed_arguments = written(graph)
         # Kernels of batch norm write to buffers without saying so.
-        self._state = held + [b for m in modes for b in m.buffers(recurse=False)]
+        self._state = own + [b for m in modes for b in m.buffers(recurse=False)]
+        call_directly(graph)
+        self._run = graph.forward
 
     def fits(self) -> bool:
         """Whether the program is still made of these parameters, its modules in these modes."""
@@ -284,33 +286,6 @@ def _without_autocast() -> Iterator[None]:
         return
     with torch.autocast("cpu", enabled=False):
         yield
-
-
-def _held(graph: GraphModule) -> list[Tensor]:
-    """The tensors that a graph reads without being given them."""
-    names = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
-    return [t for t in (getattr(graph, str(name)) for name in names) if isinstance(t, Tensor)]
-
-
-def _written(graph: GraphModule) -> tuple[list[Tensor], list[int]]:
-    """Tensors that a graph holds and writes to, and positions of the arguments that it does."""
-    roots: dict[Node, Node] = {}
-    found: set[Node] = set()
-    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    for node in graph.graph.nodes:
-        roots[node] = roots[node.args[0]] if node.target is operator.getitem else node
-        schema = getattr(node.target, "_schema", None)
-        for i, spec in enumerate(schema.arguments if schema is not None else ()):
-            arg = node.args[i] if i < len(node.args) else node.kwargs.get(spec.name)
-            if spec.alias_info is not None and isinstance(arg, Node):
-                roots[node] = roots[arg]
-                found |= {roots[arg]} if spec.alias_info.is_write else set()
-    held: dict[str, Tensor] = {
-        str(node.target): getattr(graph, str(node.target))
-        for node in found
-        if node.op == "get_attr"
-    }
-    return list(held.values()), [i for i, node in enumerate(inputs) if node in found]
 
 
 def _agree(got: Tensor | None, expected: Tensor | None) -> bool:
