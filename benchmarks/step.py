@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from networks import convle, fc
 
 from pyro_flipout import flipout
-from pyro_flipout.infer import AutoMeanField, MeanFieldELBO
+from pyro_flipout.infer import AutoMeanField, MeanFieldELBO, captured
 from pyro_flipout.nn import bayesianize
 
 matplotlib.use("Agg")
@@ -156,9 +156,11 @@ class Pyro:
     """The network with a prior on every parameter, trained by SVI.
 
     :param group_size: of flipout; 0 for shared draws.
+    :param replay: whether the step is recorded and replayed.
+    :param fuse: whether what is recorded is compiled.
     """
 
-    def __init__(self, net, args, guide, group_size):
+    def __init__(self, net, args, guide, group_size, replay=False, fuse=False):
         net = bayesianize(net)
         forward = torch.compile(net) if args.compile else net
 
@@ -171,6 +173,7 @@ class Pyro:
 
         self.guide = guide(model)
         elbo = Trace_ELBO() if guide is AutoNormal and not args.graph else MeanFieldELBO()
+        elbo = captured(elbo, compile=fuse) if replay else elbo
         options = {"on_missing_rule": "error", "group_size": group_size}
         program = flipout(model, **options) if group_size else model
         self.svi = SVI(program, self.guide, pyro.optim.Adam({"lr": 1e-3}), elbo)
@@ -195,6 +198,12 @@ ESTIMATORS = {
     "AutoNormal, flipout": lambda net, args: Pyro(net, args, AutoNormal, 1),
     "AutoMeanField, shared": lambda net, args: Pyro(net, args, AutoMeanField, 0),
     "AutoMeanField, flipout": lambda net, args: Pyro(net, args, AutoMeanField, 1),
+    "AutoNormal, flipout, captured": lambda net, args: Pyro(net, args, AutoNormal, 1, True),
+    "AutoMeanField, flipout, captured": lambda net, args: Pyro(net, args, AutoMeanField, 1, True),
+    "AutoNormal, flipout, compiled": lambda net, args: Pyro(net, args, AutoNormal, 1, True, True),
+    "AutoMeanField, flipout, compiled": lambda net, args: Pyro(
+        net, args, AutoMeanField, 1, True, True
+    ),
     "AutoMeanField, groups of 64": lambda net, args: Pyro(net, args, AutoMeanField, 64),
     "AutoMeanField, groups of 128": lambda net, args: Pyro(net, args, AutoMeanField, 128),
     "bayesian-torch, reparam.": lambda net, args: BayesianTorch(net, args, "Reparameterization"),
@@ -282,6 +291,8 @@ CPU = torch.profiler.ProfilerActivity.CPU
 def measure(args, net, size):
     """Rows ``name -> (ratio, its quartiles, ms, peak, saved)`` at one batch size."""
     names = [n for n in args.estimators if net.peer or "bayesian-torch" not in n]
+    if args.device == "cuda" or args.compile:
+        names = [n for n in names if not n.endswith(("captured", "compiled"))]
     steppers = {name: Stepper(name, net, args) for name in ["plain", *names]}
     x, y = net.batch(size, args.device)
     ratios, seconds = interleave(args, steppers, x, y)
@@ -357,7 +368,7 @@ def parse():
     parser.add_argument("--estimators", nargs="+", choices=list(ESTIMATORS))
     parser.add_argument("--sizes", type=int, nargs="+", help="default: those that suit the net")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument(
         "--steps", type=int, default=1, help="in a row, as in training; their median counts"
     )

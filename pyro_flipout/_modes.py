@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["autocast", "graphed", "looked_at", "recorded", "recording", "transformed"]
+__all__ = ["autocast", "fused", "graphed", "looked_at", "recorded", "recording", "transformed"]
 
 T = TypeVar("T")
 
@@ -33,25 +33,35 @@ def transformed() -> bool:
 
 
 class _Recording(threading.local):
-    depth = 0
+    on = False
+    fusing = False
 
 
 _RECORDING = _Recording()
 
 
 @contextmanager
-def recording() -> Iterator[None]:
-    """While :func:`~pyro_flipout.infer.captured` records what torch computes."""
-    _RECORDING.depth += 1
+def recording(fuse: bool) -> Iterator[None]:
+    """While :func:`~pyro_flipout.infer.captured` records what torch computes.
+
+    :param fuse: whether a compiler will fuse it.
+    """
+    before = _RECORDING.on, _RECORDING.fusing
+    _RECORDING.on, _RECORDING.fusing = True, fuse
     try:
         yield
     finally:
-        _RECORDING.depth -= 1
+        _RECORDING.on, _RECORDING.fusing = before
 
 
 def recorded() -> bool:
     """Whether :func:`recording` is on."""
-    return _RECORDING.depth > 0
+    return _RECORDING.on
+
+
+def fused() -> bool:
+    """Whether a compiler will fuse what is recorded: results of their own serve it best."""
+    return _RECORDING.fusing
 
 
 def looked_at(look: Callable[[], T]) -> T:

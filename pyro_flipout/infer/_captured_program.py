@@ -33,31 +33,35 @@ Result = tuple[Tensor, list[Tensor | None]]
 """Loss, shape ``()``, and the gradient of each parameter, None where it has no part."""
 
 
-def capture(loss: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[CapturedProgram, Result]:
+def capture(
+    loss: Callable[..., Any], tensors: Sequence[Tensor], compiled: bool
+) -> tuple[CapturedProgram, Result]:
     """Records a loss and its gradient while they are computed.
 
     :param loss: computes the loss from tensors, shape ``()``.
     :param tensors: its arguments. What else the loss depends on is a constant, but for the
         entries of tensors and what torch draws.
+    :param compiled: whether ``torch.compile`` gets it when it is first replayed.
     :returns: the program, and loss and gradient of this execution.
     :raises FlipoutError: if a number is read off a tensor, or a tensor is not on the CPU.
     """
     parameters: list[Tensor] = []
     result: list[Result] = []
 
-    def program(*tensors: Tensor) -> list[Tensor]:
+    def run(*tensors: Tensor) -> list[Tensor]:
         value = loss(*tensors)
         parameters.extend(leaves(value))
         result.append(gradients(value, parameters))
         return [result[0][0], *(g for g in result[0][1] if g is not None)]
 
     modes: dict[torch.nn.Module, bool] = {}
-    with poutine.trace(param_only=True) as found, _modules(modes), recording():
-        graph = _record(program, tensors)
+    with poutine.trace(param_only=True) as found, _modules(modes), recording(compiled):
+        graph = _record(run, tensors)
     _need_cpu([*tensors, *parameters, *held(graph)])
     nodes: dict[str, Any] = found.trace.nodes
     sites = {name: site["value"].unconstrained() for name, site in nodes.items()}
-    return CapturedProgram(graph, tensors, parameters, result[0][1], sites, modes), result[0]
+    program = CapturedProgram(graph, tensors, parameters, result[0][1], sites, modes, compiled)
+    return program, result[0]
 
 
 class CapturedProgram:
@@ -69,6 +73,7 @@ class CapturedProgram:
     :param grads: their gradients.
     :param sites: unconstrained parameters of Pyro by name.
     :param modes: the modules that ran, and whether each was in training mode.
+    :param compiled: whether ``torch.compile`` gets it.
 
     :ivar parameters: as given.
     :ivar checked: whether a replay was compared with the program.
@@ -82,6 +87,7 @@ class CapturedProgram:
         grads: list[Tensor | None],
         sites: dict[str, Tensor],
         modes: dict[torch.nn.Module, bool],
+        compiled: bool,
     ) -> None:
         self.parameters, self.checked = parameters, False
         self._sites, self._modes = sites, modes
@@ -92,8 +98,12 @@ class CapturedProgram:
         own, self._changed_arguments = written(graph)
         # Kernels of batch norm write to buffers without saying so.
         self._state = own + [b for m in modes for b in m.buffers(recurse=False)]
-        call_directly(graph)
-        self._run = graph.forward
+        if compiled:
+            # Its own generator would give other draws than the program's.
+            self._run = torch.compile(graph, dynamic=False, options={"fallback_random": True})
+        else:
+            call_directly(graph)
+            self._run = graph.forward
 
     def fits(self) -> bool:
         """Whether the program is still made of these parameters, its modules in these modes."""

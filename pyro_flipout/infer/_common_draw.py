@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_flipout._modes import fused
+
 __all__ = ["draw_together"]
 
 
@@ -40,7 +42,7 @@ class _Together(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         (noise,) = ctx.saved_tensors
-        join = _join_differentiable if torch.is_grad_enabled() else _join
+        join = _join_differentiable if torch.is_grad_enabled() or fused() else _join
         each = [grads[i : i + _OUTPUTS] for i in range(0, len(grads), _OUTPUTS)]
         need = (
             ctx.needs_input_grad[0] and any(g is not None for of in each for g in _of_loc(of)),
