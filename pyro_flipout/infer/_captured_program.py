@@ -61,7 +61,7 @@ def capture(
     nodes: dict[str, Any] = found.trace.nodes
     sites = {name: site["value"].unconstrained() for name, site in nodes.items()}
     program = CapturedProgram(graph, tensors, parameters, result[0][1], sites, modes, compiled)
-    return program, result[0]
+    return program, program.owned(result[0])
 
 
 class CapturedProgram:
@@ -121,10 +121,15 @@ class CapturedProgram:
         """Replays the program, with new noise."""
         with torch.no_grad(), _without_autocast():
             loss, *found = self._run(*tensors)
-        for i in self._copied:
-            found[i] = found[i].clone()
         rest = iter(found)
-        return loss, [next(rest) if given else None for given in self._given]
+        return self.owned((loss, [next(rest) if given else None for given in self._given]))
+
+    def owned(self, result: Result) -> Result:
+        """A result whose gradients may be written to."""
+        loss, grads = result
+        for i in self._copied:
+            grads[i] = grads[i].clone(memory_format=torch.contiguous_format)  # type: ignore[union-attr]
+        return loss, grads
 
     def check(self, loss: Callable[..., Any], tensors: Sequence[Tensor]) -> Result:
         """Replays the program and runs it, from the same state of everything.
@@ -141,7 +146,7 @@ class CapturedProgram:
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
-        result = gradients(loss(*tensors), self.parameters)
+        result = self.owned(gradients(loss(*tensors), self.parameters))
         for of, got, expected in self._pairs(replayed, result):
             if not _agree(got, expected):
                 raise FlipoutError(
@@ -178,14 +183,14 @@ class CapturedProgram:
 def _shared(
     parameters: list[Tensor], grads: list[Tensor | None], others: list[Tensor]
 ) -> list[int]:
-    """Which of the gradients there are have memory in common with something, or gaps."""
-    pairs = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
+    """Which of the gradients have memory in common with something, or gaps."""
     everything = {id(t): t for t in (*others, *parameters)}.values()
-    uses = Counter(t.untyped_storage().data_ptr() for t in (*everything, *(g for _, g in pairs)))
+    found = (*everything, *(g for g in grads if g is not None))
+    uses = Counter(t.untyped_storage().data_ptr() for t in found)
     return [
         i
-        for i, (p, g) in enumerate(pairs)
-        if uses[g.untyped_storage().data_ptr()] > 1 or g.stride() != p.stride()
+        for i, (p, g) in enumerate(zip(parameters, grads, strict=True))
+        if g is not None and (uses[g.untyped_storage().data_ptr()] > 1 or g.stride() != p.stride())
     ]
 
 

@@ -20,12 +20,17 @@ class ElboMixin:
 
     own: ClassVar[str]
 
+    @staticmethod
+    def for_copy(own: Any) -> Any:
+        """What a copy has of that attribute."""
+        return own
+
     def __reduce__(self) -> Any:
         cls: Any = type(self)
         state, layers = dict(vars(self)), []
         while issubclass(cls, ElboMixin):
             mixin, cls = cls.__bases__
-            layers.append((mixin, state.pop(mixin.own)))
+            layers.append((mixin, mixin.for_copy(state.pop(mixin.own))))
         return _rebuild, (cls, state, layers[::-1])
 
 

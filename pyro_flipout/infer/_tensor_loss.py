@@ -27,7 +27,8 @@ def is_stock(elbo: Any, *others: type) -> bool:
     """
     known = Trace_ELBO, TraceMeanField_ELBO, *others
     return all(
-        any(getattr(type(elbo), name) is vars(cls).get(name) for cls in known) for name in _METHODS
+        any(getattr(type(elbo), name, None) is vars(cls).get(name, name) for cls in known)
+        for name in _METHODS
     )
 
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import contextlib
+from collections.abc import Hashable, Iterator
 from typing import Any, TypeVar
 
 import pyro.poutine.runtime as runtime
@@ -123,15 +124,25 @@ def captured(elbo: E, *, compile: bool = False) -> E:
 
 
 class _Programs:
-    """What an ELBO has recorded. A copy of it starts without."""
+    """What an ELBO has recorded.
+
+    :param stock: whether its loss is that of an ELBO of Pyro.
+    :param compiled: whether programs are compiled.
+    """
 
     def __init__(self, stock: bool, compiled: bool) -> None:
-        self.stock, self.compiled = stock, compiled
+        self.stock, self.compiled, self.busy = stock, compiled, False
         self.seen: set[Hashable] = set()
         self.recorded: dict[Hashable, list[CapturedProgram]] = {}
 
-    def __reduce__(self) -> Any:
-        return _Programs, (self.stock, self.compiled)
+    @contextlib.contextmanager
+    def as_it_is(self) -> Iterator[None]:
+        """While the ELBO runs the program as it is, and may ask itself."""
+        before, self.busy = self.busy, True
+        try:
+            yield
+        finally:
+            self.busy = before
 
     def find(self, key: Hashable) -> CapturedProgram | None:
         return next((p for p in self.recorded.get(key, ()) if p.fits()), None)
@@ -158,11 +169,16 @@ class _Captured(ElboMixin):
     own = "_programs"
     _programs: _Programs
 
+    @staticmethod
+    def for_copy(own: _Programs) -> _Programs:
+        return _Programs(own.stock, own.compiled)
+
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss; the gradients are added to those of the parameters."""
         known = self._known(model, guide, args, kwargs)
         if known is None:
-            return super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc]
+            with self._programs.as_it_is():
+                return super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc]
         parameters, (loss, grads) = known
         for parameter, grad in zip(parameters, grads, strict=True):
             if grad is not None:
@@ -174,7 +190,8 @@ class _Captured(ElboMixin):
         """The loss as a tensor with a gradient, that of the parameters alone and once."""
         known = self._known(model, guide, args, kwargs)
         if known is None:
-            return super().differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
+            with self._programs.as_it_is():
+                return super().differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
         parameters, (loss, grads) = known
         return _Known.apply(loss, grads, *parameters)  # type: ignore[no-untyped-call]
 
@@ -182,7 +199,7 @@ class _Captured(ElboMixin):
         self, model: Any, guide: Any, args: Any, kwargs: Any
     ) -> tuple[list[Tensor], Result] | None:
         """Parameters, loss and gradients; None if the program has not run with such arguments."""
-        if recorded() or not torch.is_grad_enabled():
+        if recorded() or self._programs.busy or not torch.is_grad_enabled():
             return None
         leaves, tree = tree_flatten((args, kwargs))
         key = self._key(model, guide, leaves, tree)
@@ -198,7 +215,8 @@ class _Captured(ElboMixin):
             args, kwargs = tree_unflatten(given, tree)
             if recorded() and programs.stock:
                 return tensor_loss(self, model, guide, args, kwargs)
-            return super(_Captured, self).differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
+            with programs.as_it_is():
+                return super(_Captured, self).differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
 
         program = programs.find(key)
         if program is None:

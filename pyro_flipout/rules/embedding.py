@@ -51,7 +51,7 @@ def embedding(
 
     dim = _example_dim(table, input)
     if dim is None:
-        return map_entries(table, lambda value: _select(value, input, apply), by_data=True)
+        return map_entries(table, lambda value: _select(value, input, apply), {0})
     shape = [1] * input.dim()
     shape[dim] = -1
     positions = torch.arange(input.size(dim), device=input.device).reshape(shape)

@@ -12,7 +12,8 @@ norm (its length is flipped), spectral norm, orthogonal parametrisations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -34,15 +35,13 @@ def map_values(weight: FlipoutTensor, fn: ValueMap, plain: Tensor | None = None)
     return FlipoutTensor.build(plain, fn(weight.center), terms, weight.execution, weight.lead_dims)
 
 
-def map_entries(weight: FlipoutTensor, fn: ValueMap, by_data: bool = False) -> FlipoutTensor:
+def map_entries(weight: FlipoutTensor, fn: ValueMap, picked: Collection[int] = ()) -> FlipoutTensor:
     """Applies a map that moves, drops or repeats entries: signs move along.
 
-    :param by_data: whether data say which, as an index does.
+    :param picked: dimensions of the weight that a tensor of indices picks entries from.
     """
-    # What repeats for the data that are recorded may not for those that come.
-    collapse = _collapse_views if by_data and recorded() else _collapse
     terms = [
-        Term(fn(t.delta), t.draws, map_factors(t, weight.shape, fn, collapse)) for t in weight.terms
+        Term(fn(t.delta), t.draws, map_factors(t, weight.shape, fn, picked)) for t in weight.terms
     ]
     plain, lead = fn(weight.plain), weight.lead_dims
     lead = lead if plain.shape[:lead] == weight.shape[:lead] else 0
@@ -50,10 +49,40 @@ def map_entries(weight: FlipoutTensor, fn: ValueMap, by_data: bool = False) -> F
 
 
 def map_factors(
-    term: Term, shape: torch.Size, fn: ValueMap, collapse: ValueMap | None = None
+    term: Term, shape: torch.Size, fn: ValueMap, picked: Collection[int] = ()
 ) -> tuple[Factor, ...]:
-    collapse = collapse or _collapse
-    return tuple((draw, collapse(fn(codes.expand(shape)))) for draw, codes in term.factors)
+    return tuple((draw, _map_codes(codes, shape, fn, picked)) for draw, codes in term.factors)
+
+
+def _map_codes(codes: Tensor, shape: torch.Size, fn: ValueMap, picked: Collection[int]) -> Tensor:
+    mapped = fn(codes.expand(shape))
+    if not recorded():
+        return _collapse(mapped, mapped, range(mapped.dim()))
+    # Entries that repeat in what is recorded may not in what is replayed: their places tell.
+    places = _places(codes, codes.shape, shape, fn)
+    dims: Collection[int] = range(mapped.dim())
+    if any(codes.size(dim) > 1 for dim in picked):
+        dims = _unpicked(codes, shape, fn, picked)
+    return _collapse(mapped, places, dims)
+
+
+def _places(like: Tensor, size: Sequence[int], shape: torch.Size, fn: ValueMap) -> Tensor:
+    """Where the entries of a tensor of shape ``size``, expanded to ``shape``, are mapped to."""
+
+    def look() -> Tensor:
+        return fn(torch.arange(math.prod(size), device=like.device).reshape(size).expand(shape))
+
+    return looked_at(look)
+
+
+def _unpicked(codes: Tensor, shape: torch.Size, fn: ValueMap, picked: Collection[int]) -> set[int]:
+    """Dimensions of the result along which a dimension of the weight lies that is not picked."""
+    found: set[int] = set()
+    for dim in set(range(len(shape))) - set(picked):
+        along = [size if d == dim else 1 for d, size in enumerate(shape)]
+        places = _places(codes, along, shape, fn)
+        found |= {d for d in range(places.dim()) if not _is_constant(places, d)}
+    return found
 
 
 def common_lead(plain: Tensor, *weights: Any) -> int:
@@ -88,20 +117,11 @@ def _is_constant(x: Tensor, dim: int) -> bool:
     return looked_at(lambda: bool((x == x.narrow(dim, 0, 1)).all()))
 
 
-def _collapse(codes: Tensor) -> Tensor:
-    """Drops repetition: dimensions along which ``codes`` are constant get size 1."""
-    codes = _collapse_views(codes)
-    for dim in range(codes.dim()):
-        if codes.size(dim) > 1 and _is_constant(codes, dim):
-            codes = codes.narrow(dim, 0, 1)
-    return codes
-
-
-def _collapse_views(codes: Tensor) -> Tensor:
-    """As :func:`_collapse`, where memory shows the repetition."""
-    for dim in range(codes.dim()):
-        if codes.size(dim) > 1 and codes.stride(dim) == 0:
-            codes = codes.narrow(dim, 0, 1)
+def _collapse(codes: Tensor, places: Tensor, dims: Collection[int]) -> Tensor:
+    """Drops repetition: of ``dims``, those along which ``places`` are constant get size 1."""
+    for dim in dims:
+        if codes.size(dim) > 1 and (codes.stride(dim) == 0 or _is_constant(places, dim)):
+            codes, places = codes.narrow(dim, 0, 1), places.narrow(dim, 0, 1)
     return codes
 
 
@@ -174,8 +194,26 @@ def view(op: Callable[..., Tensor], input: FlipoutTensor, *args: Any, **kwargs: 
         raise NoRule("a flipped weight cannot be an index")
     if any(_picks(arg) for arg in args):
         input.execution.picked.update(draw.site for draw in input.draws)
-    by_data = any(map(_has_tensor, (*args, *kwargs.values())))
-    return map_entries(input, lambda value: op(value, *args, **kwargs), by_data)
+    picked: Collection[int] = ()
+    if op is Tensor.__getitem__:
+        picked = _picked_dims(args[0], input.dim())
+    elif op in (torch.index_select, Tensor.index_select):
+        picked = {(args[0] if args else kwargs["dim"]) % input.dim()}
+    return map_entries(input, lambda value: op(value, *args, **kwargs), picked)
+
+
+def _picked_dims(index: Any, ndim: int) -> set[int]:
+    """The dimensions that tensors in an index pick entries from."""
+    items = [i for i in (index if isinstance(index, tuple) else (index,)) if i is not None]
+    widths = [i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in items]
+    free = ndim - sum(w for i, w in zip(items, widths, strict=True) if i is not ...)
+    found: set[int] = set()
+    dim = 0
+    for item, width in zip(items, widths, strict=True):
+        if isinstance(item, Tensor):
+            found |= set(range(dim, dim + width))
+        dim += free if item is ... else width
+    return found
 
 
 def _picks(index: Any) -> bool:
@@ -183,12 +221,6 @@ def _picks(index: Any) -> bool:
         return any(_picks(i) for i in index)
     return isinstance(index, Tensor) and not (
         index.is_floating_point() or index.dtype == torch.bool
-    )
-
-
-def _has_tensor(index: Any) -> bool:
-    return isinstance(index, Tensor) or (
-        isinstance(index, (tuple, list)) and any(map(_has_tensor, index))
     )
 
 
