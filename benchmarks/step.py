@@ -14,8 +14,10 @@ OUT/NET.md and OUT/NET.png.
     python benchmarks/step.py --device cuda --dtype bf16
     python benchmarks/step.py --device cuda --graph
 
-With --graph every step is captured as a CUDA graph and replayed: what is left is the time of the
-GPU, without Python's. Pyro's losses cannot be captured, so all estimators have MeanFieldELBO then.
+"captured" replays the same step without Python, "compiled" what torch.compile makes of it; both on
+a CPU. With --graph every step is captured as a CUDA graph and replayed: what is left is the time of
+the GPU, without Python's. Pyro's losses cannot be captured, so all estimators have MeanFieldELBO
+then.
 """
 
 import argparse
@@ -339,21 +341,29 @@ def table(args, found):
             yield f"| {size} | {name} | {middle:.2f} | {spread} | {ms:.1f} | {' | '.join(memory)} |"
 
 
+COLOURS = {"plain": "k", "AutoNormal": "C0", "AutoMeanField": "C1", "bayesian-torch": "C2"}
+STYLES = {
+    "plain": "--",
+    "shared": ":o",
+    "reparam.": ":o",
+    "flipout": "-o",
+    "captured": "-^",
+    "compiled": "-s",
+    "groups of 64": "--v",
+    "groups of 128": "--D",
+}
+
+
 def draw(name, found, path):
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for estimator in next(iter(found.values())):
         rows = [rows[estimator] for rows in found.values()]
         middle, low, high = ([row[i] for row in rows] for i in range(3))
-        style = (
-            "-o"
-            if "flipout" in estimator or "groups" in estimator
-            else "k--"
-            if estimator == "plain"
-            else ":o"
-        )
+        words = estimator.split(", ")
+        style = {"color": COLOURS[words[0]], "fmt": STYLES[words[-1]], "markersize": 5}
         bars = [[m - a for m, a in zip(middle, low, strict=True)]]
         bars += [[b - m for m, b in zip(middle, high, strict=True)]]
-        axes.errorbar(list(found), middle, bars, fmt=style, label=estimator)
+        axes.errorbar(list(found), middle, bars, label=estimator, **style)
     axes.set(xscale="log", xlabel="mini-batch size N", ylabel="time of a step / plain step")
     axes.set(ylim=(0, None), title=name, xticks=list(found), xticklabels=map(str, found))
     axes.minorticks_off()

@@ -73,6 +73,9 @@ def call_directly(graph: GraphModule) -> None:
 
     What it computes stays the same, to the last bit.
     """
+    for node in reversed(graph.graph.nodes):
+        if not node.users and _is_needless(node):
+            graph.graph.erase_node(node)
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
             continue
@@ -88,6 +91,19 @@ def call_directly(graph: GraphModule) -> None:
     graph.recompile()
 
 
+def _is_needless(node: Node) -> bool:
+    """Whether a result that no one uses was all that there was to it."""
+    if node.op == "get_attr" or node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return not (
+        node.target._schema.is_mutable
+        or torch.Tag.nondeterministic_seeded in node.target.tags
+        or "batch_norm" in str(node.target)  # writes to buffers without saying so
+    )
+
+
 def _layout(node: Any) -> Any:
     known = node.meta.get("tensor_meta")
     return node if known is None else (known.shape, known.stride)
@@ -97,7 +113,8 @@ def _narrow(node: Any) -> None:
     """A slice of step 1 as ``torch.narrow``."""
     given = list(node.args)
     input, dim, start, _, step = given + [None, 0, None, None, 1][len(given) :]
-    length = node.meta["tensor_meta"].shape[dim]
+    known = node.meta.get("tensor_meta")
+    length = 0 if known is None else known.shape[dim]
     if step == 1 and isinstance(start, int) and start >= 0 and length > 0:
         node.target, node.args = torch.narrow, (input, dim, start, length)
 

@@ -55,6 +55,8 @@ def capture(
         return [result[0][0], *(g for g in result[0][1] if g is not None)]
 
     modes: dict[torch.nn.Module, bool] = {}
+    # Objects of their own: what reaches an argument by another way, as by a closure, is no argument.
+    tensors = [t.detach() for t in tensors]
     with poutine.trace(param_only=True) as found, _modules(modes), recording(compiled):
         graph = _record(run, tensors)
     _need_cpu([*tensors, *parameters, *held(graph)])

@@ -45,7 +45,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     *CUDA graphs.* While a graph is captured, :meth:`differentiable_loss` reads no number off the
     device, which Pyro's losses do: with Pyro's validation off, a whole step of SVI can be captured
-    and replayed without Python (see the performance page).
+    and replayed without Python (see the performance page). On a CPU :func:`captured` does that.
 
     Parameters are those of :class:`~pyro.infer.elbo.ELBO`.
     """

@@ -361,6 +361,23 @@ def test_numbers_are_looked_at_and_tensors_followed():
     assert_same(*found)
 
 
+def test_a_closure_that_was_an_argument():
+    """The same tensor, once as an argument that changes and once as a constant."""
+    data = batches(7)
+    fixed = data[1][0]  # that of the call which is recorded
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3, 6]).to_event(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=F.linear(x + fixed, w)), obs=y)
+
+    data[2] = data[1]  # so that the comparison does not see it
+    found = [
+        train(model, AutoMeanField, wrap(MeanFieldELBO()), data) for wrap in (captured, lambda e: e)
+    ]
+    assert_same(*found)
+
+
 def test_a_new_parameter_store():
     """Parameters of the same name that are not the same."""
 
