@@ -50,12 +50,12 @@ def warn(message: str) -> None:
     """Emits a :class:`FlipoutWarning` that points at the user's line of code."""
     frame: FrameType | None = sys._getframe(1)
     level = 2
-    while frame is not None and _is_library(frame.f_code.co_filename):
+    while frame is not None and is_library(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
     warnings.warn(f"flipout: {message}", FlipoutWarning, stacklevel=level)
 
 
-def _is_library(filename: str) -> bool:
+def is_library(filename: str) -> bool:
     parts = os.path.normpath(filename).split(os.sep)
     inside = {"pyro_flipout", "pyro", "torch"} & set(parts[-6:-1])
     return bool(inside) and "tests" not in parts and "tutorials" not in parts

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +26,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils.rnn import PackedSequence
 
 from pyro_flipout._modes import recording
-from pyro_flipout.errors import FlipoutError
+from pyro_flipout.errors import FlipoutError, is_library
 from pyro_flipout.infer._captured_graph import call_directly, held, written
 
 __all__ = ["CapturedProgram", "Result", "capture", "is_recorder"]
@@ -55,7 +57,7 @@ def capture(
         return [result[0][0], *(g for g in result[0][1] if g is not None)]
 
     modes: dict[torch.nn.Module, bool] = {}
-    # Objects of their own: what reaches an argument by another way, as by a closure, is no argument.
+    # Objects of their own: a tensor that a closure holds too is no argument there.
     tensors = [t.detach() for t in tensors]
     with poutine.trace(param_only=True) as found, _modules(modes), recording(compiled):
         graph = _record(run, tensors)
@@ -236,12 +238,22 @@ def _record(program: Callable[..., Any], tensors: Sequence[Tensor]) -> GraphModu
         with pyro.validation_enabled(False), _Unvalidated():
             return make_fx(program)(*tensors)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].split(" - erroring out")[0]
         raise FlipoutError(
-            f"captured: the program cannot be recorded: {reason}. It must not read a number off a "
-            "tensor (.item(), float(), `if tensor:`) nor change its course by one; compute with "
-            "the tensor, or train this program without captured()"
+            f"captured: the program cannot be recorded{_where(error)}: {reason}. It must not read "
+            "a number off a tensor (.item(), float(), `if tensor:`) nor change its course by one; "
+            "compute with the tensor, or train this program without captured()"
         ) from error
+
+
+def _where(error: BaseException) -> str:
+    """The user's line of code that an error came from."""
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        if os.path.isfile(file) and not is_library(file):
+            found = f", at line {line} of {os.path.basename(file)}"
+    return found
 
 
 class _Unvalidated(Messenger):

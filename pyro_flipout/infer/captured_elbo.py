@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyro.poutine.runtime as runtime
@@ -135,15 +136,6 @@ class _Programs:
         self.seen: set[Hashable] = set()
         self.recorded: dict[Hashable, list[CapturedProgram]] = {}
 
-    @contextlib.contextmanager
-    def as_it_is(self) -> Iterator[None]:
-        """While the ELBO runs the program as it is, and may ask itself."""
-        before, self.busy = self.busy, True
-        try:
-            yield
-        finally:
-            self.busy = before
-
     def find(self, key: Hashable) -> CapturedProgram | None:
         return next((p for p in self.recorded.get(key, ()) if p.fits()), None)
 
@@ -152,15 +144,41 @@ class _Programs:
             programs[:] = [p for p in programs if p.lives()]
         self.recorded.setdefault(key, []).append(program)
 
-    def make_room(self) -> None:
-        """:raises FlipoutError: if there is none."""
-        if sum(map(len, self.recorded.values())) >= MOST:
+    def make_room(self, key: Hashable) -> None:
+        """:raises FlipoutError: if there are too many programs, or calls that would need one."""
+        calls, programs = len(self.seen | {key}), sum(map(len, self.recorded.values()))
+        if calls > MOST or (key in self.seen and programs >= MOST):
             raise FlipoutError(
-                f"captured: this call would be recorded as program number {MOST + 1}; a program is "
-                "recorded for every new shape of the arguments, for every new value of arguments "
-                "that are no tensors and for new handlers around the call. Give batches one size "
+                f"captured: this call would be program number {MOST + 1}; a program is recorded "
+                "for every new shape of the arguments, for every new value of arguments that are "
+                "no tensors and for new handlers around the call. Give batches one size "
                 "(DataLoader's drop_last=True), numbers as tensors, and make handlers once"
             )
+
+
+@dataclass
+class _Call:
+    """A call of an ELBO.
+
+    :param key: all that a program is recorded for.
+    :param leaves: the arguments.
+    :param tree: how they go together.
+    """
+
+    key: Hashable
+    leaves: list[Any]
+    tree: Any
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those of the arguments that may change."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def given(self, tensors: Iterable[Tensor]) -> Any:
+        """The arguments, positional and by keyword, with these tensors."""
+        rest = iter(tensors)
+        leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        return tree_unflatten(leaves, self.tree)
 
 
 class _Captured(ElboMixin):
@@ -175,11 +193,11 @@ class _Captured(ElboMixin):
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss; the gradients are added to those of the parameters."""
-        known = self._known(model, guide, args, kwargs)
-        if known is None:
-            with self._programs.as_it_is():
+        call = self._call(model, guide, args, kwargs)
+        if call is None or call.key not in self._programs.seen:
+            with self._as_it_is(call):
                 return super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc]
-        parameters, (loss, grads) = known
+        parameters, (loss, grads) = self._replay(model, guide, call)
         for parameter, grad in zip(parameters, grads, strict=True):
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
@@ -188,46 +206,55 @@ class _Captured(ElboMixin):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss as a tensor with a gradient, that of the parameters alone and once."""
-        known = self._known(model, guide, args, kwargs)
-        if known is None:
-            with self._programs.as_it_is():
+        call = self._call(model, guide, args, kwargs)
+        if call is None or call.key not in self._programs.seen:
+            with self._as_it_is(call):
                 return super().differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
-        parameters, (loss, grads) = known
+        parameters, (loss, grads) = self._replay(model, guide, call)
         return _Known.apply(loss, grads, *parameters)  # type: ignore[no-untyped-call]
 
-    def _known(
-        self, model: Any, guide: Any, args: Any, kwargs: Any
-    ) -> tuple[list[Tensor], Result] | None:
-        """Parameters, loss and gradients; None if the program has not run with such arguments."""
+    @contextlib.contextmanager
+    def _as_it_is(self, call: _Call | None = None) -> Iterator[None]:
+        """While the program runs as it is, and the ELBO may ask itself."""
+        programs = self._programs
+        if call is not None:
+            programs.make_room(call.key)
+        before, programs.busy = programs.busy, True
+        try:
+            yield
+        finally:
+            programs.busy = before
+        if call is not None:
+            programs.seen.add(call.key)
+
+    def _call(self, model: Any, guide: Any, args: Any, kwargs: Any) -> _Call | None:
+        """This call; None if it has to run as it is."""
         if recorded() or self._programs.busy or not torch.is_grad_enabled():
             return None
         leaves, tree = tree_flatten((args, kwargs))
-        key = self._key(model, guide, leaves, tree)
+        return _Call(self._key(model, guide, leaves, tree), leaves, tree)
+
+    def _replay(self, model: Any, guide: Any, call: _Call) -> tuple[list[Tensor], Result]:
+        """Parameters, loss and gradients, of a program that has run before."""
         programs = self._programs
-        if key not in programs.seen:
-            programs.seen.add(key)
-            return None
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
         def run(*tensors: Tensor) -> Any:
-            rest = iter(tensors)
-            given = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            args, kwargs = tree_unflatten(given, tree)
+            args, kwargs = call.given(tensors)
             if recorded() and programs.stock:
                 return tensor_loss(self, model, guide, args, kwargs)
-            with programs.as_it_is():
+            with self._as_it_is():
                 return super(_Captured, self).differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
 
-        program = programs.find(key)
+        program = programs.find(call.key)
         if program is None:
-            programs.make_room()
-            program, result = capture(run, tensors, programs.compiled)
-            programs.add(key, program)
+            programs.make_room(call.key)
+            program, result = capture(run, call.tensors, programs.compiled)
+            programs.add(call.key, program)
         elif not program.checked:
-            result = program.check(run, tensors)
+            result = program.check(run, call.tensors)
         else:
             program.tell_parameters()
-            result = program(*tensors)
+            result = program(*call.tensors)
         return program.parameters, result
 
     def _key(self, model: Any, guide: Any, leaves: list[Any], tree: Hashable) -> Hashable:

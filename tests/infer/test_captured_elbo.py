@@ -438,8 +438,9 @@ def test_validation_comes_first_and_is_back_afterwards():
     x, y = batches(1)[0]
     elbo = captured(Trace_ELBO())
     svi = SVI(flipout(model), AutoMeanField(model), pyro.optim.Adam({"lr": 0.01}), elbo)
-    with pytest.raises(ValueError, match="support"):
-        svi.step(x, y + 7)
+    for _ in range(3):  # a call that fails does not count as the first
+        with pytest.raises(ValueError, match="support"):
+            svi.step(x, y + 7)
     for _ in range(5):
         svi.step(x, y)
     assert prior._validate_args or prior.base_dist._validate_args
@@ -676,7 +677,10 @@ def test_numbers_that_are_read():
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
-    with pytest.raises(FlipoutError, match=r"cannot be recorded: .*read a number off a tensor"):
+    match = (
+        r"cannot be recorded, at line \d+ of test_captured_elbo.py: .*read a number off a tensor"
+    )
+    with pytest.raises(FlipoutError, match=match):
         step(model, AutoMeanField(model), captured(MeanFieldELBO()), *batches(1)[0])
 
 
@@ -773,6 +777,40 @@ def test_too_many_programs(monkeypatch):
         step(model, guide, elbo, *batches(1, size)[0])
     with pytest.raises(FlipoutError, match="program number 3.*drop_last=True"):
         step(model, guide, elbo, *batches(1, 5)[0])
+
+
+def test_numbers_that_are_new_at_each_step(monkeypatch):
+    """They would never be replayed."""
+    monkeypatch.setattr(captured_elbo, "MOST", 4)
+
+    def model(x, factor):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(factor * w, 1.0), obs=x[:, 0])
+
+    guide = AutoMeanField(model)
+    svi = SVI(flipout(model), guide, pyro.optim.Adam({"lr": 0.01}), captured(MeanFieldELBO()))
+    x = batches(1)[0][0]
+    for i in range(4):
+        svi.step(x, i / 10)
+    with pytest.raises(FlipoutError, match="program number 5.*numbers as tensors"):
+        svi.step(x, 0.9)
+
+
+def test_modes_are_not_too_many_either(monkeypatch):
+    monkeypatch.setattr(captured_elbo, "MOST", 2)
+    net = bayesianize(nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.1), nn.Dropout(0.1)))
+    model = classifier(net)
+    guide, elbo = AutoMeanField(model), captured(MeanFieldELBO())
+    x, y = batches(1)[0]
+    step(model, guide, elbo, x, y)
+    net[1].eval()
+    program = flipout(model)
+    with pytest.raises(FlipoutError, match="program number 3"):
+        for part in (net[1], net[2], net):
+            part.train(not part.training)
+            elbo.loss_and_grads(program, guide, x, y)
+            elbo.loss_and_grads(program, guide, x, y)
 
 
 def test_nan_is_told():
