@@ -13,9 +13,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["autocast", "fused", "graphed", "looked_at", "recorded", "recording", "transformed"]
+__all__ = [
+    "as_subclass",
+    "autocast",
+    "fused",
+    "graphed",
+    "looked_at",
+    "recorded",
+    "recording",
+    "transformed",
+]
 
 T = TypeVar("T")
+S = TypeVar("S", bound=Tensor)
 
 
 def autocast(*tensors: Tensor | None) -> list[Any]:
@@ -75,6 +85,11 @@ def looked_at(look: Callable[[], T]) -> T:
 
     with disable_proxy_modes_tracing():
         return look()
+
+
+def as_subclass(x: Tensor, cls: type[S]) -> S:
+    """``x.as_subclass(cls)``, which is a wrapper to look at, and no operation to record."""
+    return looked_at(lambda: x.as_subclass(cls)) if recorded() else x.as_subclass(cls)
 
 
 def graphed() -> bool:

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.overrides import resolve_name
 
-from pyro_flipout._modes import transformed
+from pyro_flipout._modes import as_subclass, transformed
 from pyro_flipout.errors import ExampleDimError, FlipoutError, MissingRuleError, warn
 from pyro_flipout.signs import Signs, dense_signs, even_codes, random_bits
 
@@ -521,7 +521,7 @@ class FlipoutTensor(Tensor):
         lead_dims: int = 0,
     ) -> FlipoutTensor:
         """Wraps the plain value ``center + sum of deltas``."""
-        self = plain.as_subclass(FlipoutTensor)
+        self = as_subclass(plain, FlipoutTensor)
         self._lead_dims = lead_dims
         self._plain = plain
         self._center = center

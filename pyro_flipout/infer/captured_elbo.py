@@ -257,7 +257,7 @@ class _Captured(ElboMixin):
             result = program(*call.tensors)
         return program.parameters, result
 
-    def _key(self, model: Any, guide: Any, leaves: list[Any], tree: Hashable) -> Hashable:
+    def _key(self, model: Any, guide: Any, leaves: list[Any], tree: Any) -> Hashable:
         """All that a program is recorded for."""
         outer = tuple(_Same(h) for h in runtime._PYRO_STACK if not is_recorder(h))
         modes = (
@@ -268,7 +268,7 @@ class _Captured(ElboMixin):
         options = (self.num_particles, self.vectorize_particles)  # type: ignore[attr-defined]
         # Tempering a captured ELBO copies it with its programs, which are not those of the copy.
         own = _Same(self), _Same(type(self)), options
-        return own, model, guide, tree, tuple(map(_kind, leaves)), modes, outer
+        return own, model, guide, repr(tree), tuple(map(_kind, leaves)), modes, outer
 
 
 class _Same:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from pyro_flipout._modes import as_subclass
 from pyro_flipout.errors import MissingRuleError
 from pyro_flipout.poutine.flipout_messenger import FlipoutMessenger, _particle_dims
 from pyro_flipout.poutine.symmetric_draw import Message, SymmetricDraw
@@ -71,7 +72,7 @@ class OwnDrawsTensor(FlipoutTensor):
         maps: tuple[Callable[[Tensor], Tensor], ...] = (),
     ) -> T:
         """Wraps the shared draw ``plain``, the image of the site's under ``maps``."""
-        self = plain.as_subclass(cls)
+        self = as_subclass(plain, cls)
         self._plain, self._terms, self._execution = plain, tuple(terms), execution
         self._origin, self._maps = origin, maps
         self._center = self.image(origin.found.center)
