@@ -538,6 +538,8 @@ def test_gradients_share_no_memory():
     assert torch.equal(params["b"].grad, -data)
     assert torch.equal(params["c"].grad, -torch.ones(3))
     assert torch.equal(data, torch.arange(3.0))
+    params["a"].grad.zero_()
+    assert torch.equal(params["b"].grad, -data)
 
 
 def test_svi_learns_the_same_parameters():
