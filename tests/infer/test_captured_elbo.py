@@ -1,5 +1,6 @@
 """Replayed steps: the same numbers as those of the program, without running it."""
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -323,6 +324,22 @@ def test_annealed_factor(outside):
         found.append((losses, {k: v.detach().clone() for k, v in stored}))
         if wrap is captured:
             assert counted_programs(elbo) == 1
+    assert_same(*found)
+
+
+def test_handlers_around_a_step():
+    """One that comes and goes is told from none."""
+    model = classifier(bayesianize(NETS["dense"]()))
+    found = []
+    for elbo in (captured(MeanFieldELBO()), MeanFieldELBO()):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = SVI(flipout(model), AutoMeanField(model), pyro.optim.Adam({"lr": 0.01}), elbo)
+        scaled, losses = poutine.scale(scale=3.0), []
+        for i, batch in enumerate(batches(12)):
+            with scaled if i % 2 else contextlib.nullcontext():
+                losses.append(svi.step(*batch))
+        found.append((losses, {}))
     assert_same(*found)
 
 
