@@ -132,9 +132,19 @@ class _Programs:
     """
 
     def __init__(self, stock: bool, compiled: bool) -> None:
-        self.stock, self.compiled, self.busy = stock, compiled, False
+        self.stock, self.compiled = stock, compiled
         self.seen: set[Hashable] = set()
         self.recorded: dict[Hashable, list[CapturedProgram]] = {}
+
+    @contextlib.contextmanager
+    def first(self, call: _Call | None) -> Iterator[None]:
+        """While a call runs as it is; from then on it is known, if it succeeds."""
+        if call is None:
+            yield
+            return
+        self.make_room(call.key)
+        yield
+        self.seen.add(call.key)
 
     def find(self, key: Hashable) -> CapturedProgram | None:
         return next((p for p in self.recorded.get(key, ()) if p.fits()), None)
@@ -195,7 +205,7 @@ class _Captured(ElboMixin):
         """The loss; the gradients are added to those of the parameters."""
         call = self._call(model, guide, args, kwargs)
         if call is None or call.key not in self._programs.seen:
-            with self._as_it_is(call):
+            with self._programs.first(call):
                 return super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc]
         parameters, (loss, grads) = self._replay(model, guide, call)
         for parameter, grad in zip(parameters, grads, strict=True):
@@ -208,28 +218,14 @@ class _Captured(ElboMixin):
         """The loss as a tensor with a gradient, that of the parameters alone and once."""
         call = self._call(model, guide, args, kwargs)
         if call is None or call.key not in self._programs.seen:
-            with self._as_it_is(call):
+            with self._programs.first(call):
                 return super().differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
         parameters, (loss, grads) = self._replay(model, guide, call)
         return _Known.apply(loss, grads, *parameters)  # type: ignore[no-untyped-call]
 
-    @contextlib.contextmanager
-    def _as_it_is(self, call: _Call | None = None) -> Iterator[None]:
-        """While the program runs as it is, and the ELBO may ask itself."""
-        programs = self._programs
-        if call is not None:
-            programs.make_room(call.key)
-        before, programs.busy = programs.busy, True
-        try:
-            yield
-        finally:
-            programs.busy = before
-        if call is not None:
-            programs.seen.add(call.key)
-
     def _call(self, model: Any, guide: Any, args: Any, kwargs: Any) -> _Call | None:
         """This call; None if it has to run as it is."""
-        if recorded() or self._programs.busy or not torch.is_grad_enabled():
+        if recorded() or not torch.is_grad_enabled():
             return None
         leaves, tree = tree_flatten((args, kwargs))
         return _Call(self._key(model, guide, leaves, tree), leaves, tree)
@@ -242,8 +238,7 @@ class _Captured(ElboMixin):
             args, kwargs = call.given(tensors)
             if recorded() and programs.stock:
                 return tensor_loss(self, model, guide, args, kwargs)
-            with self._as_it_is():
-                return super(_Captured, self).differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
+            return super(_Captured, self).differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
 
         program = programs.find(call.key)
         if program is None:

@@ -257,6 +257,30 @@ def test_rows_that_data_pick(pick):
     assert_same(*found)
 
 
+def test_what_no_one_uses():
+    """Draws, and statistics of a batch, go on though nothing depends on them; and odd slices."""
+
+    def run(elbo):
+        pyro.set_rng_seed(1)
+        norm = nn.BatchNorm1d(6)
+
+        def model(x, y):
+            norm(x)
+            torch.rand(3)
+            w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3, 6]).to_event(2))
+            logits = F.linear(x[:, ::2], w[:, 1::2]) + F.linear(x[:, -2:], w[:, 1:3])
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+        found = train(model, AutoMeanField, elbo, batches(8))
+        return found, norm.running_mean, norm.num_batches_tracked
+
+    ours, theirs = run(captured(MeanFieldELBO())), run(MeanFieldELBO())
+    assert_same(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+    assert ours[2] == theirs[2]
+
+
 def test_a_step_runs_no_program():
     net = bayesianize(NETS["dense"]())
     calls = []
@@ -422,6 +446,8 @@ def test_autocast():
     def inside(x, y):
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(x)
+            with torch.autocast("cpu", enabled=False):
+                logits = logits.float() + x[:, :3] @ torch.full((3, 3), 1 / 3)
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Categorical(logits=logits.float()), obs=y)
 
@@ -430,6 +456,10 @@ def test_autocast():
         for wrap in (captured, lambda e: e)
     ]
     assert_same(*found)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = train(inside, AutoMeanField, captured(MeanFieldELBO()), batches(6))
+        expected = train(inside, AutoMeanField, MeanFieldELBO(), batches(6))
+    assert_same(within, expected)
     outside = []
     for elbo in (captured(MeanFieldELBO()), MeanFieldELBO()):
         pyro.clear_param_store()
@@ -639,9 +669,22 @@ def test_copies_and_wrappers_start_anew():
         assert counted_programs(other) == 1
     plain = captured(MeanFieldELBO())
     train(model, AutoMeanField, plain, batches(6))
-    hot = tempered(plain, 0.1)  # has what plain has recorded, which is not its own
+    hot = tempered(plain, 0.1)
     assert_same(train(model, AutoMeanField, hot, batches(6)), expected)
     assert_same(train(model, AutoMeanField, pickle.loads(pickle.dumps(hot)), batches(6)), expected)
+
+
+def test_a_wrapper_does_not_replay_what_it_wraps():
+    """It has what the other has recorded of the same model and guide."""
+    model = classifier(bayesianize(NETS["dense"]()))
+    guide, program, plain = AutoMeanField(model), flipout(model), captured(MeanFieldELBO())
+    for batch in batches(5):
+        plain.loss_and_grads(program, guide, *batch)
+    found = []
+    for elbo in (tempered(plain, 0.0), tempered(MeanFieldELBO(), 0.0)):
+        pyro.set_rng_seed(0)
+        found.append([elbo.loss_and_grads(program, guide, *batch) for batch in batches(5)])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 class Own(Trace_ELBO):
