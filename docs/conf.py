@@ -31,5 +31,5 @@ autodoc_typehints = "signature"
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!pyro_flipout).*"),  # other projects: no inventory is fetched
-    (r"py:class", r"pyro_flipout\..*\.(F|Fn|M)"),  # type variables
+    (r"py:class", r"pyro_flipout\..*\.(E|F|Fn|M)"),  # type variables
 ]
