@@ -281,6 +281,29 @@ def test_what_no_one_uses():
     assert ours[2] == theirs[2]
 
 
+def test_what_a_program_writes_to():
+    """Its own state, through a view, and an argument: once a step, while they are compared too."""
+
+    def run(elbo):
+        state = torch.zeros(2, 3)
+
+        def model(x, y):
+            x += 0.5
+            state[0].mul_(0.9).add_(x[:, :3].mean(0))
+            w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3, 6]).to_event(2))
+            with pyro.plate("data", len(x)):
+                logits = F.linear(x, w) + state[0]
+                pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+        data = batches(7)
+        return train(model, AutoMeanField, elbo, data), state, torch.stack([x for x, _ in data])
+
+    ours, theirs = run(captured(MeanFieldELBO())), run(MeanFieldELBO())
+    assert_same(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+    assert torch.equal(ours[2], theirs[2])
+
+
 def test_a_step_runs_no_program():
     net = bayesianize(NETS["dense"]())
     calls = []
@@ -447,7 +470,7 @@ def test_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(x)
             with torch.autocast("cpu", enabled=False):
-                logits = logits.float() + x[:, :3] @ torch.full((3, 3), 1 / 3)
+                logits = logits.float() + x[:, :3] @ (torch.arange(9.0).reshape(3, 3) / 7)
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Categorical(logits=logits.float()), obs=y)
 
