@@ -56,6 +56,7 @@ def warn(message: str) -> None:
 
 
 def is_library(filename: str) -> bool:
+    """Whether a line of code is torch's, Pyro's or ours, and not the user's."""
     parts = os.path.normpath(filename).split(os.sep)
     inside = {"pyro_flipout", "pyro", "torch"} & set(parts[-6:-1])
     return bool(inside) and "tests" not in parts and "tutorials" not in parts

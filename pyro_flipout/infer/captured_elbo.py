@@ -262,7 +262,7 @@ class _Captured(ElboMixin):
         )
         options = (self.num_particles, self.vectorize_particles)  # type: ignore[attr-defined]
         # Tempering a captured ELBO copies it with its programs, which are not those of the copy.
-        own = _Same(self), _Same(type(self)), options
+        own = _Same(self), options
         return own, model, guide, repr(tree), tuple(map(_kind, leaves)), modes, outer
 
 

@@ -294,8 +294,8 @@ class FlipoutMessenger(Messenger):
         if torch._C._get_tracing_state() is not None:
             raise FlipoutError(
                 f"flipout: site '{msg['name']}' is being traced by torch.jit, which would freeze "
-                "the number of examples; use Trace_ELBO instead of JitTrace_ELBO (in "
-                "pyro_flipout.infer.captured it is as fast), or hide the site"
+                "the number of examples; use Trace_ELBO instead of JitTrace_ELBO "
+                "(pyro_flipout.infer.captured replays it without Python), or hide the site"
             )
         name, value = msg["name"], msg["value"]
         self.decisions[name] = "flipped"

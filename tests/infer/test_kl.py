@@ -23,7 +23,7 @@ from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from torch.distributions import kl_divergence
 
 from pyro_flipout import FlipoutError, FlipoutWarning, flipout
-from pyro_flipout.infer import AutoMeanField, TemperMessenger, tempered
+from pyro_flipout.infer import AutoMeanField, TemperMessenger, tempered, tempering
 from tests.helpers import Recording, Regression, Z, mlp, randomize
 
 T5 = functools.partial(dist.StudentT, 5.0)
@@ -583,6 +583,15 @@ def test_a_compiled_factor_cannot_be_annealed():
     with pytest.raises(FlipoutError, match="compiled the factor in"):
         temper.factor = 0.2
     assert temper.factor == 0.1
+
+
+def test_a_factor_in_a_cuda_graph_cannot_be_annealed(monkeypatch):
+    model, guide, x, y = setup()
+    temper = tempered(factor=0.5)
+    monkeypatch.setattr(tempering, "graphed", lambda: True)
+    temper(Trace_ELBO()).loss(model, guide, x, y)
+    with pytest.raises(FlipoutError, match="a CUDA graph has compiled the factor in"):
+        temper.factor = 0.2
 
 
 @pytest.mark.parametrize("factor", [-1.0, float("nan"), float("inf"), "0.1", None, True])
