@@ -12,6 +12,7 @@ from pyro_flipout.errors import (
     NotSymmetricError,
 )
 from pyro_flipout.io_arviz import to_arviz
+from pyro_flipout.plan.owners import examples
 from pyro_flipout.poutine import FlipoutMessenger, flipout
 from pyro_flipout.symmetric import is_symmetric, register_symmetric, symmetric_center
 from pyro_flipout.tensor import FlipoutTensor, flip, implements
@@ -26,6 +27,7 @@ __all__ = [
     "FlipoutWarning",
     "MissingRuleError",
     "NotSymmetricError",
+    "examples",
     "flip",
     "flipout",
     "implements",

@@ -37,6 +37,7 @@ from pyro_flipout._modes import transformed
 
 __all__ = [
     "MAX_EXAMPLES",
+    "Numbers",
     "Signs",
     "code_bits",
     "dense_signs",
@@ -141,14 +142,25 @@ class Signs:
     :param num_examples: the number N of examples.
     :param dtype: dtype of the signs.
     :param group_size: the number k of neighbouring examples that have their signs in common.
+    :param numbers: the number of the group that each of the N rows belongs to, shape ``(N,)``, where
+        it is not ``n // k``.
     """
 
     def __init__(
-        self, codes: Tensor, num_examples: int, dtype: torch.dtype, group_size: int = 1
+        self,
+        codes: Tensor,
+        num_examples: int,
+        dtype: torch.dtype,
+        group_size: int = 1,
+        numbers: Numbers | None = None,
     ) -> None:
         self.num_examples, self.group_size, self.dtype = num_examples, group_size, dtype
         self.codes: Tensor | None = codes
         self.count = codes.numel()
+        if numbers is not None:
+            self.codes, self.high, self.block = None, None, num_examples
+            self.low = numbers.of_rows(_looked_up(codes, numbers.count, dtype))
+            return
         groups = -(-num_examples // group_size)
         # A few examples have all their signs in `low`, which takes fewer calls.
         few = num_examples <= len(_TABLE)
@@ -410,6 +422,23 @@ _LOW_BITS = 5
 _LOW_BITS_GPU = 7  # as many as the table has: few calls count there, not the cache
 _BLOCKS = 16
 """Blocks of examples whose products fit in a cache."""
+
+
+class Numbers:
+    """The numbers of the groups that rows of data belong to, in any order.
+
+    :param rows: an integer tensor of shape ``(R,)`` with entries from 0 to ``count - 1``.
+    :param count: the number of groups.
+    """
+
+    __slots__ = ("count", "rows")
+
+    def __init__(self, rows: Tensor, count: int) -> None:
+        self.rows, self.count = rows, count
+
+    def of_rows(self, by_group: Tensor) -> Tensor:
+        """The entries ``(R, *)`` of the rows, of those of the groups ``(count, *)``."""
+        return by_group.index_select(0, self.rows)
 
 
 def _repeated(low: Tensor, times: int) -> Tensor:

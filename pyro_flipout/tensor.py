@@ -24,10 +24,11 @@ References
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from torch.overrides import resolve_name
 
 from pyro_flipout._modes import as_subclass, transformed
 from pyro_flipout.errors import ExampleDimError, FlipoutError, MissingRuleError, warn
-from pyro_flipout.signs import Signs, dense_signs, even_codes, random_bits
+from pyro_flipout.signs import Numbers, Signs, dense_signs, even_codes, random_bits
 
 __all__ = [
     "RULES",
@@ -179,6 +180,14 @@ class _Codes:
         return even
 
 
+class _Given(_Codes):
+    """Codes that were given, and not drawn."""
+
+    def __init__(self, codes: Tensor) -> None:
+        self._even = codes
+        self.size = self.taken = codes.numel()
+
+
 class Execution:
     """One execution of a model: its examples, and what befell its flipped weights.
 
@@ -188,6 +197,12 @@ class Execution:
         falls back to its shared draw. The default warns.
     :param group_size: how many neighbouring examples have their signs in common.
     """
+
+    router: Router | None = None
+    """Decides, for each call, how the rows of its data belong to the examples."""
+    constants: bool = False
+    """Whether the data of the call are constants, the same for every example."""
+    _numbers: Numbers | None = None
 
     def __init__(
         self,
@@ -208,6 +223,7 @@ class Execution:
         self._signs: dict[tuple[Any, ...], tuple[Tensor, Signs]] = {}
         self._codes: dict[torch.device, _Codes] = {}  # from which the next weight takes its own
         self._drawn: dict[int, _Codes] = {}  # all that have been used, by address
+        self._seen_as: dict[Any, Execution] = {}
 
     def _draw_codes(self, count: int, device: torch.device) -> tuple[_Codes, int]:
         """Random codes of which ``count`` are for nobody else, and where these start.
@@ -271,17 +287,36 @@ class Execution:
         """Dense signs ``(N, *codes.shape)``."""
         count = self.num_examples if num_examples is None else num_examples
         assert count is not None
+        if self._numbers is not None:
+            return self._numbers.of_rows(dense_signs(codes, self._numbers.count, dtype))
         return dense_signs(codes, count, dtype, self.group_size)
 
     def numbers(self, rows: Tensor) -> Tensor:
         """The numbers, in the signs, of the groups to which rows of the data belong."""
+        if self._numbers is not None:
+            return self._numbers.rows[rows]
         return rows if self.group_size == 1 else rows // self.group_size
+
+    @property
+    def root(self) -> Execution:
+        """The execution whose examples these are."""
+        return self
+
+    def seen_as(self, rows: Rows) -> Execution:
+        """This execution for a call whose data have other rows than one for each example.
+
+        :param rows: how the rows belong to the examples.
+        """
+        key = rows.key
+        if key not in self._seen_as or transformed():
+            self._seen_as[key] = _RowsExecution(self, rows)
+        return self._seen_as[key]
 
     def factored_signs(self, codes: Tensor, dtype: torch.dtype) -> Signs:
         """Signs of flat ``codes`` for multiplying data, kept for the whole execution."""
         assert self.num_examples is not None
         if transformed():  # what is made inside torch.func must stay there
-            return Signs(codes, self.num_examples, dtype, self.group_size)
+            return Signs(codes, self.num_examples, dtype, self.group_size, self._numbers)
         key = codes.data_ptr(), codes.numel(), codes.stride(), dtype
         if key not in self._signs:
             # Holding `codes` keeps its address its own.
@@ -297,7 +332,7 @@ class Execution:
             if drawn.taken > count:
                 all_taken = drawn.get()[: drawn.taken]
                 return self.factored_signs(all_taken, dtype).of(slice(start, start + count))
-        return Signs(codes, self.num_examples, dtype, self.group_size)
+        return Signs(codes, self.num_examples, dtype, self.group_size, self._numbers)
 
     def has_particles(self, data: Tensor, particles: int) -> bool:
         """Whether ``data`` are ``(K, N, ...)``, with one slice for each of K particles.
@@ -344,6 +379,97 @@ class Execution:
             tell()
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How the rows of a call's data belong to the examples.
+
+    :ivar layout: ``"examples"``: row n is example n, in dimension ``dim``; ``"blocks"``: row r is
+        of example ``r // (R / N)``, as after ``flatten(0, 1)`` of ``(N, T, ...)``;
+        ``"interleaved"``: of example ``r % N``, as after ``flatten(0, 1)`` of ``(T, N, ...)`` or
+        ``torch.cat`` of mini-batches; ``"owners"``: of example ``owners[r]``; ``"constant"``: the
+        data are the same for every example.
+    :ivar dim: dimension of the data that counts the rows.
+    :ivar count: the number R of rows.
+    :ivar owners: shape ``(R,)``.
+    """
+
+    layout: str
+    dim: int = 0
+    count: int = 0
+    owners: Tensor | None = None
+    device: torch.device | None = None
+
+    @property
+    def key(self) -> Any:
+        """Equal for equal rows."""
+        # The owners are those of a block, and live as long as it does.
+        return self.layout, self.dim, self.count, self.device, id(self.owners)
+
+    def owner_of(self, num_examples: int) -> Tensor:
+        """The example that each row belongs to, shape ``(R,)``."""
+        if self.owners is not None:
+            return self.owners
+        rows = torch.arange(self.count, device=self.device)
+        if self.layout == "interleaved":
+            return rows % num_examples
+        return rows // (self.count // num_examples)
+
+
+class _RowsExecution(Execution):
+    """An execution as one call sees it, whose data have rows of their own."""
+
+    def __init__(self, root: Execution, rows: Rows) -> None:
+        self.__dict__.update(root.__dict__)
+        self._root, self._rows = root, rows
+        self.router = None
+        self.example_dim = rows.dim
+        self._signs = {}
+        if rows.layout == "constant":
+            self.constants = True
+            return
+        count = root.num_examples
+        assert count is not None, "a layout is chosen once the examples are counted"
+        self.num_examples = rows.count
+        if rows.layout == "blocks" and root._numbers is None:
+            self._group_size = root.group_size * (rows.count // count)
+        elif rows.layout != "examples" and count > 1:
+            owner = rows.owner_of(count)
+            groups = -(-count // root.group_size) if root._numbers is None else root._numbers.count
+            self._numbers = Numbers(root.numbers(owner), groups)
+            self._group_size = 1
+
+    @property
+    def root(self) -> Execution:
+        """The execution whose examples these are."""
+        return self._root
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one group of examples, which sees the shared draw."""
+        return self._root.is_single
+
+    def share(self, draws: Iterable[Draw], reason: str) -> None:
+        """Makes ``draws`` fall back to their shared values."""
+        self._root.share(draws, reason)
+
+    def hold(self, draws: Sequence[Draw], tell: Callable[[], None]) -> None:
+        """Makes ``draws`` fall back here and now, which one example would not notice."""
+        self._root.hold(draws, tell)
+
+    def seen_as(self, rows: Rows) -> Execution:
+        """The execution for a call inside this one."""
+        return self
+
+
+class Router(Protocol):
+    """What knows how the rows of each call's data belong to the examples."""
+
+    def route(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, weights: Sequence[FlipoutTensor]
+    ) -> Rows | None:
+        """The rows of a call, ``None`` for one row an example in the usual dimension."""
+
+
 def warn_shared(site: str, reason: str) -> None:
     """Emits the one :class:`FlipoutWarning` of a site left shared."""
     warn(f"site '{site}' keeps its shared draw: {reason}")
@@ -363,7 +489,14 @@ class Draw:
         *("__weakref__", "execution", "shared", "site", "used"),
     )
 
-    def __init__(self, site: str, value: Tensor, execution: Execution, lead_dims: int = 0) -> None:
+    def __init__(
+        self,
+        site: str,
+        value: Tensor,
+        execution: Execution,
+        lead_dims: int = 0,
+        codes: Tensor | None = None,
+    ) -> None:
         self.site = site
         self.execution = execution
         self.shared = False
@@ -371,9 +504,17 @@ class Draw:
         self._shape, self._lead_dims = value.shape, lead_dims
         self._factors: tuple[Factor, ...] | None = None
         self._sources: tuple[SignFactor, ...] | None = None
-        lead, event = self._shape[:lead_dims].numel(), self._shape[lead_dims:]
-        count = lead * (sum(event[:2]) if event else 1)
+        if codes is not None:
+            self._codes, self._start = _Given(codes), 0
+            return
+        count = self.count_codes(self._shape, lead_dims)
         self._codes, self._start = execution._draw_codes(count, value.device)
+
+    @staticmethod
+    def count_codes(shape: torch.Size, lead_dims: int) -> int:
+        """How many codes a value of a shape has."""
+        lead, event = shape[:lead_dims].numel(), shape[lead_dims:]
+        return lead * (sum(event[:2]) if event else 1)
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -663,6 +804,11 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             flipped.append(weight)
     if not flipped:
         return func(*unwrap(args), **unwrap(kwargs))
+    execution = flipped[0]._execution
+    if execution.router is not None or OWNED.blocks:
+        rows = _rows_of(execution, func, args, kwargs, flipped)
+        if rows is not None:
+            return _with_rows(rows, func, args, kwargs)
     try:
         if rule is None:
             raise NoRule("there is no flipout rule")
@@ -676,6 +822,66 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     except NotExamples as why:
         _share(flipped, f"in {describe(func)}, {why}")
     return func(*unwrap(args), **unwrap(kwargs))
+
+
+class _Owned(threading.local):
+    blocks: tuple[Router, ...] = ()
+
+
+OWNED = _Owned()
+"""Blocks of :func:`~pyro_flipout.examples` that the program is in, the innermost last."""
+
+
+def _rows_of(
+    execution: Execution,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    flipped: Sequence[FlipoutTensor],
+) -> Rows | None:
+    """How the rows of a call's data belong to the examples, ``None`` as usual."""
+    if execution.root is not execution:  # part of a call whose rows are known
+        return None
+    for block in reversed(OWNED.blocks):
+        rows = block.route(func, args, kwargs, flipped)
+        if rows is not None:
+            return rows
+    router = execution.router
+    return None if router is None else router.route(func, args, kwargs, flipped)
+
+
+def _with_rows(
+    rows: Rows, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Calls a torch function whose data have other rows than one for each example."""
+
+    def seen(weight: FlipoutTensor) -> FlipoutTensor:
+        return _under(weight, weight._execution.seen_as(rows))
+
+    out = _dispatch(func, map_weights(args, seen), map_weights(kwargs, seen))
+    return map_weights(out, lambda weight: _under(weight, weight._execution.root))
+
+
+def _under(weight: FlipoutTensor, execution: Execution) -> FlipoutTensor:
+    """A weight as it is in another execution with the same draws."""
+    if weight._execution is execution:
+        return weight
+    return FlipoutTensor.build(
+        weight._plain, weight._center, weight._terms, execution, weight._lead_dims
+    )
+
+
+def map_weights(obj: Any, fn: Callable[[FlipoutTensor], Any]) -> Any:
+    """Replaces the flipped weights in nested arguments."""
+    if isinstance(obj, FlipoutTensor):
+        return fn(obj)
+    if isinstance(obj, tuple) and hasattr(obj, "_fields"):  # a named tuple
+        return type(obj)(*(map_weights(item, fn) for item in obj))
+    if type(obj) in (list, tuple):
+        return type(obj)(map_weights(item, fn) for item in obj)
+    if type(obj) is dict:
+        return {key: map_weights(item, fn) for key, item in obj.items()}
+    return obj
 
 
 def flip(

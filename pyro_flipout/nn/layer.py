@@ -12,13 +12,18 @@ from typing import Any
 import pyro.distributions as dist
 import pyro.poutine.runtime as runtime
 from pyro.poutine.messenger import Messenger
-from torch import nn
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
 
 from pyro_flipout.errors import ExampleDimError
 from pyro_flipout.nn.bayesian_module import BayesianModule, Sites, make_site_
 from pyro_flipout.nn.priors import IIDPrior
 from pyro_flipout.nn.site_prior import Prior, prior_of
-from pyro_flipout.poutine.flipout_messenger import FlipoutMessenger
+from pyro_flipout.poutine.flipout_messenger import (
+    FlipoutMessenger,
+    contradiction,
+    data_plates,
+)
 from pyro_flipout.tensor import Execution
 
 __all__ = ["STANDARD_NORMAL", "FlipoutLayer", "LayerMessenger"]
@@ -146,6 +151,8 @@ class LayerMessenger(FlipoutMessenger):
     """
 
     _layer: FlipoutLayer | None = None
+    _before: tuple[Trace, Execution, dict[str, Tensor]] | None = None
+    _to_check = 5  # executions, since a trace is held until the next one
 
     def __enter__(self) -> LayerMessenger:
         Messenger.__enter__(self)
@@ -157,7 +164,8 @@ class LayerMessenger(FlipoutMessenger):
     def draw(self, layer: FlipoutLayer, name: str, read: Callable[[str], Any]) -> Any:
         """Reads a site of a layer."""
         cache = layer._pyro_context.cache
-        self._layer, self._execution = layer, cache.get(EXECUTION)
+        self._layer = layer
+        self._execution, self._flipped = cache.get(EXECUTION, (None, {}))
         try:
             with self:
                 return read(name)
@@ -167,13 +175,18 @@ class LayerMessenger(FlipoutMessenger):
             raise
         finally:
             if self._execution is not None:
-                cache[EXECUTION] = self._execution
+                cache[EXECUTION] = self._execution, self._flipped
             self._layer = None
             self._forget()
 
     def _execution_of(self, name: str) -> Execution:
         if self._execution is None:
-            self._execution = Execution(0, self.on_missing_rule, self._share)
+            self._check_before()
+            self._execution, self._flipped = self._new_execution(), {}
+            recorder = self._stack.recorder
+            if recorder is not None and self._to_check:
+                self._to_check -= 1
+                self._before = recorder.trace, self._execution, self._flipped
         wish = None if self._layer is None else self._layer._wished_example_dim()
         if wish is None or wish == self._execution.example_dim:
             return self._execution
@@ -188,6 +201,23 @@ class LayerMessenger(FlipoutMessenger):
             )
         self._execution.example_dim = wish
         return self._execution
+
+
+    def _check_before(self) -> None:
+        """Compares what the layers counted in their last execution with the plates of its trace.
+
+        The layers are not on Pyro's stack when data are observed.
+        """
+        if self._before is None:
+            return
+        (trace, execution, flipped), self._before = self._before, None
+        for name, node in trace.nodes.items():
+            if node["type"] == "sample" and node["is_observed"]:
+                reason = contradiction(execution, name, data_plates(node))
+                if reason:
+                    self._flipped = flipped
+                    self._share_from_now_on(name, reason)
+                    return
 
 
 def _messenger_of(layer: FlipoutLayer) -> LayerMessenger:

@@ -126,6 +126,7 @@ class OwnDrawsMessenger(FlipoutMessenger):
     """Finds symmetric draws as flipout does, and makes another kind of weight of them."""
 
     tensor: ClassVar[type[OwnDrawsTensor]]
+    can_audit = False
 
     def _check_group_size(self, group_size: int) -> None:
         if group_size != 1:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -16,9 +17,19 @@ from pyro.distributions import Normal
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 from torch.distributions import Distribution, Transform
 
 from pyro_flipout.errors import FlipoutError, warn
+from pyro_flipout.plan.owner import (
+    NOT_OWNED,
+    PARTICLE_PLATES,
+    Planned,
+    keep_shared,
+    plan_of,
+    remember,
+)
+from pyro_flipout.plan.probe import Probe
 from pyro_flipout.poutine.symmetric_draw import (
     ATOMS,
     NO_HANDLERS,
@@ -36,7 +47,6 @@ from pyro_flipout.tensor import Draw, Execution, FlipoutTensor, batched, flip
 
 __all__ = ["FlipoutMessenger"]
 
-PARTICLE_PLATES = frozenset({"num_particles_vectorized", "_num_predictive_samples"})
 SiteFn = Callable[[Message], "bool | None"]
 
 
@@ -71,6 +81,9 @@ class FlipoutMessenger(Messenger):
         1 no two do, as in the paper. With k there are N / k pseudo-independent draws, which large
         batches can spare, and dense and convolutional layers on a CPU take little more than one
         product for the draw of a group. Shuffle the data.
+    :param bool audit: whether the model is run a few more times before its first real run, to prove
+        that every example sees one weight of its own. Set it to False for a model whose Python must
+        not run twice; its sites are then ``"flipped (not verified: ...)"``.
     :param str on_missing_rule: ``"warn"`` to leave a site shared that meets a torch
         function without a flipout rule, ``"error"`` to raise
         :class:`~pyro_flipout.MissingRuleError`.
@@ -81,6 +94,7 @@ class FlipoutMessenger(Messenger):
     """
 
     never_sets_values = True
+    can_audit = True
 
     def __init__(
         self,
@@ -91,6 +105,7 @@ class FlipoutMessenger(Messenger):
         expose_fn: SiteFn | None = None,
         on_missing_rule: str = "warn",
         group_size: int = 1,
+        audit: bool = True,
     ) -> None:
         super().__init__()
         if not _is_integer(example_dim) or example_dim < 0:
@@ -109,9 +124,14 @@ class FlipoutMessenger(Messenger):
         self.expose = _names("expose", expose)
         self.hide_fn = hide_fn
         self.expose_fn = expose_fn
+        if not isinstance(audit, bool):
+            raise TypeError(f"flipout: got audit={audit!r}, expected True or False")
+        self.audit = audit
         self._check_choice()
-        #: What was decided of each latent site: ``"flipped"``, or ``"shared: <reason>"``.
+        #: What was decided of each latent site: ``"flipped (verified)"``,
+        #: ``"flipped (not verified: <reason>)"`` or ``"shared: <reason>"``.
         self.decisions: dict[str, str] = {}
+        self._probe: Probe | None = None
         self._shared: dict[str, str] = {}
         self._told: set[str] = set()
         self._joint: dict[str, NoDraw] = {}
@@ -162,13 +182,27 @@ class FlipoutMessenger(Messenger):
         if isinstance(fn, torch.nn.Module):
             from pyro_flipout.poutine.module import wrap_module
 
-            return wrap_module(fn, self)
+            return wrap_module(fn, self)  # its calls come to `run_model`
         if isinstance(fn, type) or not callable(fn):
             raise TypeError(
                 f"flipout: got {fn!r} of type {type(fn).__name__}, expected a model: a function "
                 "with pyro.sample statements or an nn.Module instance; give options by keyword"
             )
-        return super().__call__(fn)
+        return functools.partial(self._run_function, fn)
+
+    def _run_function(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return self.run_model(fn, fn, args, kwargs)
+
+    def run_model(self, model: Any, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Calls a model under this handler, once it is known which of its sites can be flipped.
+
+        :param model: what the knowledge is kept with.
+        :param fn: calls it.
+        """
+        planned = plan_of(self, model, lambda: fn(*args, **kwargs), args, kwargs)
+        with self:
+            self._planned = planned
+            return fn(*args, **kwargs)
 
     def __enter__(self) -> FlipoutMessenger:
         self._forget()
@@ -184,7 +218,7 @@ class FlipoutMessenger(Messenger):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_execution", "_sites", "_stack", "_trace"):
+        for name in ("_execution", "_flipped", "_planned", "_sites", "_stack", "_trace"):
             state.pop(name)
         return state
 
@@ -195,7 +229,9 @@ class FlipoutMessenger(Messenger):
     def _forget(self) -> None:
         self._execution: Execution | None = None
         self._sites: set[str] = set()
+        self._flipped: dict[str, Tensor] = {}  # those that are flipped, and their centres
         self._stack = NO_HANDLERS
+        self._planned: Planned = NOT_OWNED
         self._trace: Callable[[], Any] = lambda: None
 
     # ----------------------------------------------------------------------- sites
@@ -227,7 +263,7 @@ class FlipoutMessenger(Messenger):
         elif msg["is_observed"]:
             self._check_plates(msg)
         else:
-            found = self._decide(msg)
+            found = self._decide(msg) if self._probe is None else self._decide_in_probe(msg)
             if isinstance(found, SymmetricDraw):
                 self._flip(msg, found)
             else:
@@ -262,7 +298,14 @@ class FlipoutMessenger(Messenger):
                 f"flipout: site '{name}' has infer={{\"flipout\": True}}, but {found.reason}; "
                 "remove the mark or change the distribution"
             )
+        if isinstance(found, SymmetricDraw) and self._probe is None:
+            return self._planned.judge(name, found.center) or found
         return found
+
+    def _decide_in_probe(self, msg: Message) -> SymmetricDraw | NoDraw:
+        assert self._probe is not None
+        with torch.set_grad_enabled(self._probe.grad_mode):
+            return self._decide(msg)
 
     def _remembered(self, name: str, found: SymmetricDraw | NoDraw) -> SymmetricDraw | NoDraw:
         """What was found of a site while autograd recorded what depends on what."""
@@ -298,7 +341,18 @@ class FlipoutMessenger(Messenger):
                 "(pyro_flipout.infer.captured replays it without Python), or hide the site"
             )
         name, value = msg["name"], msg["value"]
-        self.decisions[name] = "flipped"
+        if self._probe is not None:
+            msg["value"] = self._probe.weight(
+                name,
+                value,
+                draw.center,
+                draw.delta,
+                _particle_dims(msg),
+                lambda: self._execution_of(name),
+            )
+            return
+        self.decisions[name] = self._planned.decision(name)
+        self._flipped[name] = draw.center
         msg["value"] = flip(
             value,
             draw.center,
@@ -320,13 +374,19 @@ class FlipoutMessenger(Messenger):
         """The current execution: a new one for a new trace, or when a site comes again."""
         trace = None if self._stack.recorder is None else self._stack.recorder.trace
         if self._execution is None or name in self._sites or trace is not self._trace():
-            self._execution = Execution(
-                self.example_dim, self.on_missing_rule, self._share, self.group_size
-            )
-            self._sites = set()
+            self._execution = self._new_execution()
+            self._sites, self._flipped = set(), {}
             self._trace = (lambda: None) if trace is None else weakref.ref(trace)
         self._sites.add(name)
         return self._execution
+
+    def _new_execution(self) -> Execution:
+        options = self.example_dim, self.on_missing_rule
+        if self._probe is not None:
+            return self._probe.execution(*options, self.group_size)
+        execution = Execution(*options, self._share, self.group_size)
+        self._planned.prepare(execution)
+        return execution
 
     # -------------------------------------------------------------------- warnings
 
@@ -338,7 +398,8 @@ class FlipoutMessenger(Messenger):
     def _tell(self, key: str, message: str) -> None:
         if key not in self._told:
             self._told.add(key)
-            warn(message)
+            if self._probe is None:
+                warn(message)
 
     def _check_prior(self, msg: Message, draws: list[Draw]) -> None:
         """A site drawn here from flipped parameters needs them to be one joint draw."""
@@ -348,31 +409,36 @@ class FlipoutMessenger(Messenger):
 
     def _check_names(self) -> None:
         """Names given to hide or expose must be those of sites."""
+        if self._probe is not None:
+            return
         for option, message in unknown_names(self.hide, self.expose, set(self.decisions)):
             self._tell(option, message)
 
     def _check_plates(self, msg: Message) -> None:
         """The examples that the rules counted must be a data plate of what is observed."""
-        if self._execution is None:
+        if self._execution is None or self._probe is not None:
             return
-        sizes = {
-            f.name: int(f.size)
-            for f in msg["cond_indep_stack"]
-            if f.vectorized and f.name not in PARTICLE_PLATES
-        }
+        sizes = data_plates(msg)
         if self._execution.num_examples is None and set(sizes.values()) != {1}:
             self._execution.tell_held()
         if self._execution.num_examples in (None, 0, 1):
             return
         self._check_groups(self._execution.num_examples)
-        num_examples = self._execution.num_examples
-        if sizes and num_examples not in sizes.values():
-            self._tell(
-                msg["name"],
-                f"{num_examples} examples were counted in dimension {self.example_dim} of the "
-                f"data, but the observed site '{msg['name']}' is in plates of sizes {sizes}; "
-                "set example_dim to the dimension of the data that counts the examples",
-            )
+        if not self._planned.proved:
+            reason = contradiction(self._execution, msg["name"], sizes)
+            if reason:
+                self._share_from_now_on(msg["name"], reason)
+
+    def _share_from_now_on(self, observed: str, reason: str) -> None:
+        """Leaves shared what was flipped for other examples than those of the plates."""
+        sites = [s for s in sorted(self._flipped) if s not in self._shared]
+        if not sites:
+            return
+        for site in sites:
+            self._shared[site] = reason
+            self.decisions[site] = f"shared: {reason}"
+            remember(self._flipped[site], site, reason)
+        self._tell(observed, f"{keep_shared(sites)} from now on: {reason}")
 
     def _check_groups(self, num_examples: int) -> None:
         """One group alone sees the shared draw; a last, smaller mini-batch may be one."""
@@ -383,6 +449,31 @@ class FlipoutMessenger(Messenger):
                 f"all {num_examples} examples are one group and see the shared draw, since "
                 f"group_size={self.group_size}; set it to a fraction of the mini-batch",
             )
+
+
+def contradiction(execution: Execution, observed: str, sizes: dict[str, int]) -> str | None:
+    """Why what was counted cannot be the examples, ``None`` if it can.
+
+    :param sizes: of the data plates of the observed site, by name.
+    """
+    count = execution.num_examples
+    if count in (None, 0, 1) or not sizes or count in sizes.values():
+        return None
+    return (
+        f"{count} examples were counted in dimension {execution.example_dim} of the data, but the "
+        f"observed site '{observed}' is in plates of sizes {sizes}; wrap the model, as in "
+        "SVI(flipout(model), guide, ...), so that its examples are found and verified, or set "
+        "example_dim to the dimension of the data that counts the examples"
+    )
+
+
+def data_plates(msg: Message) -> dict[str, int]:
+    """Sizes of the vectorised plates of a site that are not those of particles."""
+    return {
+        f.name: int(f.size)
+        for f in msg["cond_indep_stack"]
+        if f.vectorized and f.name not in PARTICLE_PLATES
+    }
 
 
 def _is_integer(value: object) -> bool:

@@ -35,6 +35,7 @@ def flipout(
     expose_fn: SiteFn | None = ...,
     on_missing_rule: str = ...,
     group_size: int = ...,
+    audit: bool = ...,
 ) -> FlipoutMessenger: ...
 
 
@@ -49,6 +50,7 @@ def flipout(
     expose_fn: SiteFn | None = ...,
     on_missing_rule: str = ...,
     group_size: int = ...,
+    audit: bool = ...,
 ) -> Fn: ...
 
 

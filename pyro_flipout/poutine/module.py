@@ -13,13 +13,18 @@ that ``__dict__``, so the model itself is not changed.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pyro.poutine.runtime as runtime
 import torch
 from pyro.poutine.messenger import Messenger
 
-__all__ = ["wrap_module"]
+__all__ = ["unwrap_module", "wrap_module"]
+
+
+def _call_inner(module: Any, handlers: tuple[Messenger, ...], /, *args: Any, **kwargs: Any) -> Any:
+    return module._handled_call(handlers, args, kwargs)
 
 
 class _Handled:
@@ -37,6 +42,10 @@ class _Handled:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if handlers[0] in runtime._PYRO_STACK:  # the model calls itself
             return self._handled_call(handlers[1:], args, kwargs)
+        run_model = getattr(handlers[0], "run_model", None)
+        if run_model is not None:
+            inner = functools.partial(_call_inner, self, handlers[1:])
+            return run_model(self._handled_model, inner, args, kwargs)
         with handlers[0]:
             return self._handled_call(handlers[1:], args, kwargs)
 
@@ -77,6 +86,13 @@ def _build(model: torch.nn.Module, handlers: tuple[Messenger, ...]) -> torch.nn.
     object.__setattr__(handled, "_handled_model", model)
     object.__setattr__(handled, "_handled_by", handlers)
     return handled
+
+
+def unwrap_module(model: Any) -> tuple[tuple[Messenger, ...], Any]:
+    """The handlers of a wrapped module, outermost first, and the module without them."""
+    if isinstance(model, _Handled):
+        return model._handled_by, model._handled_model
+    return (), model
 
 
 def wrap_module(model: torch.nn.Module, handler: Messenger) -> torch.nn.Module:

@@ -99,6 +99,11 @@ def is_weight(tensor: Any) -> bool:
     )
 
 
+def meets_constants(a: Any, b: Any) -> bool:
+    """Whether the factors are a weight and a constant, the same for every example."""
+    return any(isinstance(t, FlipoutTensor) and t.execution.constants for t in (a, b))
+
+
 def contract(
     op: Callable[..., Tensor],
     a: Tensor,
@@ -113,7 +118,7 @@ def contract(
     :param alone: whether ``op`` has no factors but these two.
     :returns: a flipped weight if both factors are weights.
     """
-    if is_weight(a) and is_weight(b):
+    if (is_weight(a) and is_weight(b)) or meets_constants(a, b):
         return _contract_weights(op, a, b, lhs, rhs, out)
     if isinstance(a, FlipoutTensor):
         weight, weight_names, data, data_names = a, lhs, b, rhs
@@ -165,7 +170,12 @@ def _contract_weights(
         if isinstance(weight, FlipoutTensor):
             executions.append(weight.execution)
             summed = [dim for dim, name in enumerate(names) if name not in out]
-            _drop_signs(weight, summed)
+            try:
+                _drop_signs(weight, summed)
+            except NoRule:
+                if not weight.execution.constants:
+                    raise
+                raise NotExamples(_no_examples(weight, b if weight is a else a)) from None
     left, right = (
         [(t.delta, t.draws, _rename_factors(t, names, out)) for t in w.terms]
         if isinstance(w, FlipoutTensor)
@@ -182,6 +192,15 @@ def _contract_weights(
     ]
     value = op(plain(a), plain(b))
     return FlipoutTensor.build(value, op(*centers), terms, executions[0], common_lead(value, a, b))
+
+
+def _no_examples(weight: FlipoutTensor, constant: Tensor) -> str:
+    count = weight.execution.num_examples
+    of_size = "" if count is None else f" of size {count}, the number of examples"
+    return (
+        f"data of shape {tuple(constant.shape)} have no dimension{of_size}, and with a constant in "
+        "their place the sum over the weight would leave it no signs; give each example its own rows"
+    )
 
 
 def _drop_signs(weight: FlipoutTensor, dims: Sequence[int]) -> None:

@@ -36,6 +36,8 @@ def example_dim_of(weight: FlipoutTensor, other: Any) -> int | None:
         return None
     shape = torch.broadcast_shapes(weight.shape, other.shape)
     execution = weight.execution
+    if execution.constants:
+        return None
     offset = len(shape) - other.dim()
     dim, extra = execution.example_dim + offset, len(shape) - weight.dim()
     if weight.lead_dims and offset == extra:

@@ -92,7 +92,7 @@ def _check_padding(padding_idx: int | None, table: Tensor) -> None:
 def _example_dim(table: FlipoutTensor, input: Tensor) -> int | None:
     """Dimension of the indices that counts the examples; ``None`` if none does."""
     execution = table.execution
-    if _is_positions(input):
+    if execution.constants or _is_positions(input):
         return None
     dim = execution.example_dim
     if execution.num_examples is not None:

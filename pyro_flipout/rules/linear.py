@@ -23,7 +23,7 @@ from pyro_flipout.rules._product import (
     flipped_product,
     plain,
 )
-from pyro_flipout.rules.contraction import contract
+from pyro_flipout.rules.contraction import contract, meets_constants
 from pyro_flipout.tensor import Execution, FlipoutTensor, NoRule, implements
 
 
@@ -31,7 +31,9 @@ from pyro_flipout.tensor import Execution, FlipoutTensor, NoRule, implements
     F.linear, flips="outputs and inputs of the weight, outputs of the bias", per_particle=True
 )
 def linear(op: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
-    if isinstance(input, FlipoutTensor):
+    if isinstance(input, FlipoutTensor) or (
+        isinstance(weight, FlipoutTensor) and meets_constants(input, weight)
+    ):
         rows = "abcdefgh"[: input.dim() - 1]
         columns = "C" if weight.dim() > 1 else ""
         out = contract(op, input, weight, rows + "K", columns + "K", rows + columns)

@@ -456,6 +456,8 @@ def _beside_data(tensors: Sequence[Tensor], dim: int) -> list[Tensor] | None:
     if any(w.lead_dims for w in weights):
         return None
     size, execution = weights[0].size(example_dim), weights[0].execution
+    if execution.constants:
+        return None
     if size == 1 and execution.num_examples != 1:  # perhaps one example, perhaps none
         execution.perhaps_one = True
         return None

@@ -1,0 +1,229 @@
+# Copyright Contributors to the pyro_flipout project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a handler knows of the model that it is about to run."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyro.poutine.runtime as runtime
+import torch
+from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pyro_flipout._modes import graphed, recorded, transformed
+from pyro_flipout.errors import FlipoutError, warn
+from pyro_flipout.plan.audit import Audit, Finding, Verdict
+from pyro_flipout.plan.isolation import isolated
+from pyro_flipout.plan.memory import Call, Memory, Plan, memory_of
+from pyro_flipout.plan.probe import Probe
+from pyro_flipout.poutine.symmetric_draw import NoDraw
+from pyro_flipout.tensor import Execution
+
+if TYPE_CHECKING:
+    from pyro_flipout.poutine.flipout_messenger import FlipoutMessenger
+
+__all__ = ["NOT_OWNED", "PARTICLE_PLATES", "Planned", "keep_shared", "plan_of", "remember", "run_audit"]
+
+PARTICLE_PLATES = frozenset({"num_particles_vectorized", "_num_predictive_samples"})
+
+
+@dataclass
+class Planned:
+    """What is known for one call of a model.
+
+    :ivar plan: what an audit found; ``None`` if there was none.
+    :ivar why_not: why there was none.
+    """
+
+    why_not: str = ""
+    plan: Plan | None = None
+    count: int | None = None
+    trusted: bool = False
+    forget: Callable[[], None] = lambda: None
+
+    @property
+    def proved(self) -> bool:
+        """Whether an audit says who the examples are."""
+        return self.plan is not None
+
+    def judge(self, site: str, center: Tensor) -> NoDraw | None:
+        """Why a site that could be flipped is not, ``None`` if it is."""
+        if self.plan is None:
+            reason = _remembered(center, site)
+            return None if reason is None else NoDraw(reason)
+        finding = self.plan.findings.get(site)
+        if finding is None:
+            self.forget()
+            return NoDraw("the audit did not meet it; the next call is audited anew")
+        return None if finding.flipped else NoDraw(finding.reason)
+
+    def decision(self, site: str) -> str:
+        """What is decided of a site that is flipped."""
+        finding = Finding(True, False, self.why_not)
+        if self.plan is not None:
+            finding = self.plan.findings[site]
+        return "flipped (verified)" if finding.verified else f"flipped (not verified: {finding.reason})"
+
+    def prepare(self, execution: Execution) -> None:
+        """Gives an execution what is known of its examples."""
+        if self.plan is not None:
+            self.plan.prepare(execution, self.count, self.trusted)
+
+
+_CONTRADICTED = WeakIdKeyDictionary()
+"""For parameters of guides, the sites that were seen to be flipped for the wrong examples."""
+
+
+def remember(center: Tensor, site: str, reason: str) -> None:
+    """Keeps with the guide's parameters that a site of its model cannot be flipped."""
+    leaf = _leaf(center)
+    if leaf is not None:
+        _CONTRADICTED.setdefault(leaf, {})[site] = reason
+
+
+def _remembered(center: Tensor, site: str) -> str | None:
+    if not len(_CONTRADICTED):
+        return None
+    found: dict[str, str] = _CONTRADICTED.get(_leaf(center), {})
+    return found.get(site)
+
+
+def _leaf(tensor: Tensor) -> Tensor | None:
+    """The parameter that a centre is, or is computed from first of all."""
+    if tensor._base is not None:
+        tensor = tensor._base
+    step = tensor.grad_fn
+    while step is not None and not hasattr(step, "variable"):
+        step = next((above for above, _ in step.next_functions if above is not None), None)
+    return tensor if step is None else step.variable
+
+
+NOT_OWNED = Planned("the handler is around inference and not around the model")
+
+
+def plan_of(
+    handler: FlipoutMessenger, model: Any, run: Callable[[], Any], args: Any, kwargs: Any
+) -> Planned:
+    """What is known for a call of a model: from an earlier audit, or by one that is made now.
+
+    :param run: calls the model.
+    """
+    if not (handler.can_audit and handler.audit):
+        return Planned("audit=False")
+    if any(getattr(frame, "_probe", None) is not None for frame in runtime._PYRO_STACK):
+        return Planned("it is part of a model that is being audited")
+    memory = memory_of(model)
+    call = Call.of(args, kwargs, _options(handler))
+    known = memory.find(call)
+    if known is None:
+        why_not = _why_not()
+        if why_not:
+            return Planned(why_not)
+        plan = _audited(handler, run)
+        if plan is None:
+            return Planned("the model raised an error in the audit")
+        memory.add(call, plan)
+        _tell(plan.verdict, memory, handler)
+        known = plan, plan.verdict.num_examples, False
+    plan, count, trusted = known
+    return Planned("", plan, count, trusted, lambda: memory.forget(call, plan))
+
+
+def _why_not() -> str:
+    if recorded() or graphed() or torch.compiler.is_compiling():
+        return "the call is being recorded"
+    if torch._C._get_tracing_state() is not None:
+        return "the call is being traced by torch.jit"
+    if transformed():
+        return "the call is inside a transform of torch.func"
+    if torch.is_inference_mode_enabled():
+        return "the call is in inference mode"
+    return ""
+
+
+def _options(handler: FlipoutMessenger) -> Any:
+    return (
+        type(handler),
+        handler.example_dim,
+        handler.group_size,
+        handler.hide,
+        handler.expose,
+        handler.hide_fn,
+        handler.expose_fn,
+        handler.on_missing_rule,
+    )
+
+
+def _audited(handler: FlipoutMessenger, run: Callable[[], Any]) -> Plan | None:
+    try:
+        verdict, modes = run_audit(handler, run)
+    except FlipoutError:
+        raise
+    except Exception:  # the run that counts raises it again, where it belongs
+        return None
+    return Plan(verdict, [(weakref.ref(module), mode) for module, mode in modes.items()])
+
+
+def run_audit(
+    handler: FlipoutMessenger, run: Callable[[], Any]
+) -> tuple[Verdict, dict[torch.nn.Module, bool]]:
+    """Audits a model as ``handler`` would run it.
+
+    :returns: the verdict, and the modules that were called with their training modes.
+    :raises Exception: whatever the model raises.
+    """
+
+    def run_model(probe: Probe) -> Trace:
+        probing = copy.copy(handler)
+        probing.decisions, probing._shared = {}, dict(handler._shared)
+        probing._told, probing._joint = set(), dict(handler._joint)
+        probing._probe = probe
+        tracer = TraceMessenger()
+        with tracer, probing:
+            run()
+        trace: Trace = tracer.trace
+        return trace
+
+    grad_mode = torch.is_grad_enabled()
+    with isolated() as state:
+        audit = Audit(
+            run_model, state, handler.example_dim, handler.group_size, PARTICLE_PLATES, grad_mode
+        )
+        return audit.verdict(), state.modes
+
+
+_REMEDY = (
+    "keep the example dimension apart and each example's rows to itself, write a plate over what is "
+    "one example (a graph, a series, a set), or name the site in flipout(hide=[...])"
+)
+
+
+def _tell(verdict: Verdict, memory: Memory, handler: FlipoutMessenger) -> None:
+    """One warning for all sites that are left shared for one reason."""
+    by_reason: dict[str, list[str]] = {}
+    for site, finding in verdict.findings.items():
+        if not finding.flipped:
+            by_reason.setdefault(finding.reason, []).append(site)
+    for reason, sites in by_reason.items():
+        message = f"{keep_shared(sites)}: {reason}"
+        if verdict.findings[sites[0]].mixed:
+            message += f"; {_REMEDY}"
+        if message not in memory.told:
+            memory.told.add(message)
+            warn(message)
+
+
+def keep_shared(sites: Sequence[str]) -> str:
+    """The beginning of a warning about sites."""
+    names = ", ".join(f"'{site}'" for site in sites)
+    if len(sites) == 1:
+        return f"site {names} keeps its shared draw"
+    return f"sites {names} keep their shared draws"
