@@ -124,29 +124,30 @@ def _replaced(obj: Any, changed: dict[str, Any], path: str, caller: str) -> Any:
         ) from error
 
 
-def holds_rows(obj: Any, rows: int) -> bool:
+def holds_rows(obj: Any, rows: int, dim: int) -> bool:
     """Whether an object that is no container seems to hold data of ``rows`` examples.
 
-    It does if its length or a dimension of its shape is ``rows``, or that of a tensor among its
-    attributes or those of its attributes: so do a data frame, a packed sequence, a distribution
-    or a data set.
+    It does if its length is ``rows``, or its first dimension or dimension ``dim``, or that of a
+    tensor among its attributes or those of its attributes: so do a data frame, a packed sequence,
+    a distribution or a data set.
     """
-    return _holds(obj, rows, _DEPTH, set())
+    return _holds(obj, (rows, dim), _DEPTH, set())
 
 
-def _holds(obj: Any, rows: int, depth: int, seen: set[int]) -> bool:
+def _holds(obj: Any, of: tuple[int, int], depth: int, seen: set[int]) -> bool:
     if isinstance(obj, _PLAIN) or id(obj) in seen:
         return False
     seen.add(id(obj))
     if isinstance(obj, Tensor) and obj.is_nested:
-        return obj.size(0) == rows
+        return obj.size(0) == of[0]
     if isinstance(obj, PackedSequence):
-        return int(obj.batch_sizes[0]) == rows
+        return int(obj.batch_sizes[0]) == of[0]
     if is_container(obj):
-        return any(_holds(leaf, rows, depth, seen) for leaf in leaves(obj))
-    if rows in _shape(obj):
+        return any(_holds(leaf, of, depth, seen) for leaf in leaves(obj))
+    shape, (rows, dim) = _shape(obj), of
+    if any(size == rows for size in (*shape[:1], *shape[dim : dim + 1])):
         return True
-    return depth > 0 and any(_holds(value, rows, depth - 1, seen) for value in _attributes(obj))
+    return depth > 0 and any(_holds(value, of, depth - 1, seen) for value in _attributes(obj))
 
 
 def _attributes(obj: Any) -> list[Any]:

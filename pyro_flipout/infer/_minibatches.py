@@ -125,7 +125,7 @@ class Data:
         return leaf if dim is None else select(leaf, dim, index)
 
     def _check(self, leaf: Any, path: str) -> Any:
-        if not (_has_dim(leaf, 0) or self._is_list(leaf)) and holds_rows(leaf, self.rows):
+        if not (_has_dim(leaf, 0) or self._is_list(leaf)) and holds_rows(leaf, self.rows, self.dim):
             raise TypeError(
                 f"gradient_variance: {path}, a {type(leaf).__name__}, holds data of {self.rows} "
                 "rows, and it is not known how to take some of them; expected tensors or arrays, "
