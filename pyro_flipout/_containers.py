@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import numbers
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
@@ -30,33 +30,43 @@ _DEPTH = 3  # how many objects within objects are searched for tensors
 
 def is_container(obj: Any) -> bool:
     """Whether its items are looked at one by one."""
-    if isinstance(obj, (PackedSequence, *_PLAIN)):
+    if isinstance(obj, (list, tuple, dict)):
+        return not isinstance(obj, (PackedSequence, torch.Size))
+    if isinstance(obj, (Tensor, *_PLAIN)):
         return False
-    return isinstance(obj, (list, tuple, Mapping)) or dataclasses.is_dataclass(obj)
+    return isinstance(obj, Mapping) or dataclasses.is_dataclass(obj)
 
 
 def _items(obj: Any, path: str) -> Iterator[tuple[Any, Any, str]]:
     """Key, value and path of each item of a container."""
-    if dataclasses.is_dataclass(obj):
-        names = [field.name for field in dataclasses.fields(obj) if hasattr(obj, field.name)]
-        yield from ((name, getattr(obj, name), f"{path}.{name}") for name in names)
-    elif isinstance(obj, Mapping):
-        yield from ((key, value, f"{path}[{key!r}]") for key, value in obj.items())
-    elif hasattr(obj, "_fields"):
-        yield from zip(
-            range(len(obj)), obj, (f"{path}.{name}" for name in obj._fields), strict=True
-        )
+    if isinstance(obj, tuple) and hasattr(obj, "_fields"):
+        for i, name in enumerate(obj._fields):
+            yield i, obj[i], f"{path}.{name}"
+    elif isinstance(obj, (list, tuple)):
+        for i, item in enumerate(obj):
+            yield i, item, f"{path}[{i}]"
+    elif dataclasses.is_dataclass(obj):
+        for field in dataclasses.fields(obj):
+            if hasattr(obj, field.name):
+                yield field.name, getattr(obj, field.name), f"{path}.{field.name}"
     else:
-        yield from ((i, item, f"{path}[{i}]") for i, item in enumerate(obj))
+        for key, value in obj.items():
+            yield key, value, f"{path}[{key!r}]"
 
 
 def leaves(obj: Any) -> Iterator[Any]:
     """All that is in nested containers and is no container."""
     if not is_container(obj):
         yield obj
-        return
-    for _, item, _ in _items(obj, ""):
-        yield from leaves(item)
+    else:
+        for item in _values(obj):
+            yield from leaves(item)
+
+
+def _values(obj: Any) -> Iterable[Any]:
+    if isinstance(obj, (list, tuple)):
+        return obj
+    return obj.values() if type(obj) is dict else (value for _, value, _ in _items(obj, ""))
 
 
 def map_leaves(
@@ -64,7 +74,7 @@ def map_leaves(
     function: Callable[[Any, str], Any],
     path: str,
     caller: str,
-    is_leaf: Callable[[Any], bool] = lambda obj: False,
+    is_leaf: Callable[[Any], bool] | None = None,
 ) -> Any:
     """Replaces the leaves of nested containers.
 
@@ -76,7 +86,7 @@ def map_leaves(
     :param is_leaf: whether a container counts as a leaf.
     :raises TypeError: if a container with a leaf that changes cannot be made anew.
     """
-    if not is_container(obj) or is_leaf(obj):
+    if not is_container(obj) or (is_leaf is not None and is_leaf(obj)):
         return function(obj, path)
     old = list(_items(obj, path))
     new = {key: map_leaves(v, function, at, caller, is_leaf) for key, v, at in old}
