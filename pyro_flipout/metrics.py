@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pyro_flipout._checks import is_integer, is_number
+
 __all__ = [
     "OODScores",
     "Reliability",
@@ -46,7 +48,7 @@ def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
     :param labels: ``(*)``, integers.
     """
     probs, labels = _classes(probs, labels)
-    return float((probs.argmax(-1) == labels).mean())
+    return float(_reduce(probs.argmax(-1) == labels, "mean"))
 
 
 def nll(probs: ArrayLike, labels: ArrayLike, reduction: Reduction = "mean") -> Any:
@@ -101,8 +103,10 @@ def reliability(
         (https://arxiv.org/abs/1508.05154).
     """
     probs, labels = _classes(probs, labels)
-    if bins < 1:
-        raise ValueError(f"reliability: got bins={bins}, expected at least 1")
+    if not is_integer(bins, 1):
+        raise ValueError(f"reliability: got bins={bins!r}, expected at least 1, an integer")
+    if not labels.size:
+        raise ValueError(f"reliability: got probs of shape {probs.shape}, expected examples")
     confidence = probs.max(-1).ravel()
     right = (probs.argmax(-1) == labels).ravel()
     if adaptive:
@@ -172,9 +176,14 @@ def predictive_uncertainty(probs: ArrayLike) -> Uncertainty:
     Depeweg et al. 2018 (https://arxiv.org/abs/1710.07283).
 
     :param probs: ``(draws, *, classes)``, the class probabilities under each draw of the weights.
-    :raises ValueError: if they are none.
+    :raises ValueError: if they are none, or there are no draws.
     """
     probs = _probabilities(probs)
+    if probs.ndim < 2 or not len(probs):
+        raise ValueError(
+            f"predictive_uncertainty: got probs of shape {probs.shape}, expected (draws, *, "
+            "classes) with at least one draw"
+        )
     total, aleatoric = _entropy(probs.mean(0)), _entropy(probs).mean(0)
     return Uncertainty(total, aleatoric, np.maximum(total - aleatoric, 0.0))
 
@@ -216,7 +225,7 @@ def crps_gaussian(
                 f"crps_gaussian: got {name} of shape {values.shape} for truth of shape "
                 f"{truth.shape}, expected the same, or one number"
             )
-    if np.any(scale <= 0):
+    if not np.all(scale > 0):
         raise ValueError(f"crps_gaussian: got a scale of {scale.min()}, expected positive ones")
     z = (truth - loc) / scale
     density = np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
@@ -233,8 +242,8 @@ def interval_coverage(
     :param draws: ``(draws, *)``.
     :param truth: ``(*)``.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"interval_coverage: got level={level}, expected one between 0 and 1")
+    if not (is_number(level) and 0 < level < 1):
+        raise ValueError(f"interval_coverage: got level={level!r}, expected one between 0 and 1")
     draws, truth = _ensemble("interval_coverage", draws, truth)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
     covered = ((low <= truth) & (truth <= high)).astype(float)
@@ -261,11 +270,19 @@ def ood_scores(familiar: ArrayLike, unfamiliar: ArrayLike) -> OODScores:
     :param familiar: ``(*)``, for example the epistemic part of :func:`predictive_uncertainty`:
         higher means less familiar.
     :param unfamiliar: ``(*)``, the same for out-of-distribution inputs.
+    :raises ValueError: if one of them is empty or not finite.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-    scores = np.concatenate([_array(familiar).ravel(), _array(unfamiliar).ravel()])
-    labels = np.arange(len(scores)) >= np.size(_array(familiar))
+    parts = [_array(values).ravel() for values in (familiar, unfamiliar)]
+    for name, values in zip(("familiar", "unfamiliar"), parts, strict=True):
+        if not values.size or not np.isfinite(values).all():
+            raise ValueError(
+                f"ood_scores: got {values.size} {name} scores, of which "
+                f"{np.isfinite(values).sum()} are finite, expected at least one, and all finite"
+            )
+    scores = np.concatenate(parts)
+    labels = np.arange(len(scores)) >= len(parts[0])
     rates, found, _ = roc_curve(labels, scores, drop_intermediate=False)
     return OODScores(
         float(roc_auc_score(labels, scores)),
@@ -283,16 +300,18 @@ def _array(values: Any) -> Array:
 
 def _ensemble(name: str, draws: Any, truth: Any) -> tuple[Array, Array]:
     draws, truth = _array(draws), _array(truth)
-    if draws.ndim == 0 or draws.shape[1:] != truth.shape:
+    if draws.ndim == 0 or draws.shape[1:] != truth.shape or not len(draws):
         raise ValueError(
             f"{name}: got draws of shape {draws.shape} for truth of shape {truth.shape}, expected "
-            "draws of shape (draws, *truth.shape)"
+            "draws of shape (draws, *truth.shape), and at least one"
         )
     return draws, truth
 
 
 def _probabilities(values: Any) -> Array:
     probs: Array = _array(values)
+    if not probs.ndim:
+        raise ValueError("got probs that are a single number, expected shape (*, classes)")
     if np.any(probs < 0) or not np.allclose(probs.sum(-1), 1.0, atol=1e-3):
         raise ValueError("got probs that do not sum to 1; give probabilities, not logits")
     return probs
@@ -320,4 +339,11 @@ def _entropy(probs: Array) -> Array:
 def _reduce(values: Array, reduction: str) -> Any:
     if reduction not in ("mean", "none"):
         raise ValueError(f'got reduction={reduction!r}, expected "mean" or "none"')
-    return float(values.mean()) if reduction == "mean" else values
+    if reduction == "none":
+        return values
+    if not values.size:
+        raise ValueError(
+            f"got arrays of shape {values.shape}, without an example to take the mean of; use "
+            'reduction="none" where there may be none'
+        )
+    return float(values.mean())

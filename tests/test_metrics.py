@@ -172,6 +172,62 @@ def test_an_unknown_target_is_neither_covered_nor_missed():
     assert np.isnan(metrics.interval_coverage(draws, truth))
 
 
+NONE = np.zeros((0, 3)), np.zeros(0, int)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda: metrics.accuracy(*NONE), r"shape \(0,\), without an example"),
+        (lambda: metrics.nll(*NONE), "without an example to take the mean of"),
+        (lambda: metrics.brier(*NONE), 'reduction="none"'),
+        (lambda: metrics.reliability(*NONE), r"reliability: got probs of shape \(0, 3\)"),
+        (lambda: metrics.ece(*NONE), "expected examples"),
+        (lambda: metrics.crps_ensemble(np.zeros((5, 0)), np.zeros(0)), "without an example"),
+        (lambda: metrics.crps_gaussian(0.0, 1.0, []), "without an example"),
+        (lambda: metrics.interval_coverage(np.zeros((5, 0)), np.zeros(0)), "without an example"),
+        (lambda: metrics.crps_ensemble(np.zeros((0, 4)), np.zeros(4)), r"\(0, 4\).*at least one"),
+        (lambda: metrics.interval_coverage(np.zeros((0, 4)), np.zeros(4)), "at least one"),
+        (lambda: metrics.predictive_uncertainty(np.zeros((0, 4, 3))), "at least one draw"),
+        (lambda: metrics.ood_scores([], [1.0]), "got 0 familiar scores"),
+        (lambda: metrics.ood_scores([1.0], torch.zeros(0)), "got 0 unfamiliar scores"),
+    ],
+)
+def test_no_examples_or_draws(score, message):
+    with pytest.raises(ValueError, match=message):
+        score()
+
+
+def test_no_examples_have_no_scores():
+    for score in (metrics.nll, metrics.brier):
+        assert score(*NONE, reduction="none").shape == (0,)
+    assert metrics.predictive_uncertainty(np.zeros((5, 0, 3))).total.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda: metrics.predictive_uncertainty([0.5, 0.5]), r"\(2,\), expected \(draws, \*, cla"),
+        (lambda: metrics.accuracy(1.0, 0), "a single number, expected shape"),
+        (lambda: metrics.ece(PROBS, LABELS, bins=2.5), "bins=2.5, expected at least 1, an integer"),
+        (lambda: metrics.adaptive_ece(PROBS, LABELS, bins="3"), "bins='3'"),
+        (lambda: metrics.interval_coverage(PROBS, PROBS[0], "0.9"), "level='0.9', expected"),
+        (lambda: metrics.interval_coverage(PROBS, PROBS[0], math.nan), "level=nan, expected"),
+        (lambda: metrics.crps_gaussian(0.0, math.nan, LABELS), "a scale of nan"),
+        (lambda: metrics.ood_scores([0.0, math.nan], [1.0]), "2 familiar scores, of which 1 are"),
+        (lambda: metrics.ood_scores([0.0], [math.inf]), "1 unfamiliar scores, of which 0 are"),
+    ],
+)
+def test_values_out_of_range(score, message):
+    with pytest.raises(ValueError, match=message):
+        score()
+
+
+def test_a_single_example_is_enough():
+    assert metrics.accuracy(PROBS[0], 0) == 1.0
+    assert metrics.predictive_uncertainty(PROBS).total.shape == ()
+
+
 def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="probabilities, not logits"):
         metrics.predictive_uncertainty(np.array([[[2.0, -1.0]]]))

@@ -7,12 +7,14 @@ import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import pyro
 import pytest
 
 TUTORIALS = Path(__file__).parents[1] / "tutorials"
@@ -87,6 +89,120 @@ def test_uci_regression(tmp_path):
     scores = json.loads(out.read_text())
     assert {name.split("/")[2] for name in scores} == {"shared", "flipout"}
     assert all(math.isfinite(value) for row in scores.values() for value in row["LL"])
+
+
+def uci_set(folder, rows=40, features=3, splits=2):
+    """Files of one data set, as they are published."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    np.savetxt(folder / "data.txt", rng.normal(size=(rows, features + 1)))
+    np.savetxt(folder / "index_features.txt", np.arange(features), fmt="%d")
+    np.savetxt(folder / "index_target.txt", [features], fmt="%d")
+    np.savetxt(folder / "n_splits.txt", [splits], fmt="%d")
+    for i in range(splits):
+        order = rng.permutation(rows)
+        np.savetxt(folder / f"index_train_{i}.txt", order[4:])  # floats, as Gal's
+        np.savetxt(folder / f"index_test_{i}.txt", order[:4])
+
+
+@pytest.fixture
+def uci(monkeypatch, capsys):
+    """Runs the tutorial in this process; gives its variables and what it prints."""
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["uci_regression.py", *map(str, options)])
+        space = runpy.run_path(str(TUTORIALS / "uci_regression.py"))
+        return space, capsys.readouterr().out
+
+    yield run
+    pyro.enable_validation(True)
+
+
+QUICK = "--noise", "homo", "--methods", "shared", "--draws", 2, "--members", 1
+
+
+def test_uci_reads_both_layouts(uci, tmp_path):
+    """A folder of sets with or without a folder data in each, and results beside it."""
+    uci_set(tmp_path / "flat" / "wine-quality-red")
+    uci_set(tmp_path / "published" / "wine-quality-red" / "data")
+    (tmp_path / "published" / "wine-quality-red" / "results").mkdir()
+    printed = [
+        uci("--data-dir", tmp_path / kind, "--steps", 2, *QUICK)[1].rpartition(" ")[0]  # seconds
+        for kind in ("flat", "published")
+    ]
+    assert printed[0] == printed[1]
+    assert "wine-quality-red: 40 rows, 2 splits, 2 steps for 36 rows" in printed[0]
+    assert "published, MC dropout: LL -0.93 ± 0.01" in printed[0]
+
+
+def test_uci_steps_follow_the_epochs(uci, tmp_path):
+    for name, rows in (("small", 40), ("large", 104)):
+        uci_set(tmp_path / name, rows)
+    options = "--data-dir", tmp_path, "--splits", 1, "--batch-size", 10, *QUICK
+    space, printed = uci("--epochs", 2, *options)
+    assert "small: 40 rows, 1 splits, 8 steps for 36 rows to train on" in printed
+    assert "large: 104 rows, 1 splits, 20 steps for 100 rows to train on" in printed
+    assert space["num_steps"](7) == 2  # a batch is all rows at most
+    _, printed = uci("--steps", 3, "--sets", "small", *options)
+    assert "3 steps for 36 rows" in printed
+    assert "large" not in printed
+
+
+def test_uci_default_length(uci, tmp_path):
+    """500 rows take about as many steps as every set was given before."""
+    uci_set(tmp_path / "small")
+    space, _ = uci("--data-dir", tmp_path, "--splits", 1, *QUICK)
+    assert space["num_steps"](455) == 1422
+    assert space["num_steps"](8611) == 26910
+
+
+def test_uci_published_row(uci):
+    space, _ = uci("--smoke", *QUICK)
+    rows = {
+        ("boston", "bostonHousing"): "-2.40",
+        ("concrete",): "-2.93",
+        ("energy",): "-1.21",
+        ("kin8nm",): "1.14",
+        ("power", "power-plant"): "-2.81",
+        ("wine", "wine-quality-red"): "-0.93",
+        ("yacht",): "-1.25",
+    }
+    for names, value in rows.items():
+        assert all(space["published"](name).split()[0] == value for name in names)
+    assert space["published"]("diabetes") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--noise", "hetro"], "argument --noise: invalid choice: 'hetro'"),
+        (["--methods", "flip-out"], "argument --methods: invalid choice: 'flip-out'"),
+        (["--methods"], "argument --methods: expected at least one argument"),
+        (["--sets", "concrete"], r"--sets: got \['concrete'\], expected --data-dir with it"),
+        (["--data-dir", "{}", "--sets", "one", "tow"], r"got \['tow'\], but .* has \['one'\]"),
+        (["--data-dir", "{}/one"], "no folder in .*one has a data.txt or data/data.txt"),
+        (["--data-dir", "{}/none"], "no folder in .*none has a data.txt"),
+        (["--steps", "0"], "argument --steps: got 0, expected at least 1"),
+        (["--steps", "9", "--epochs", "9"], "argument --epochs: not allowed with argument --steps"),
+        (["--out", "{}/none/x.json"], "argument --out: there is no folder"),
+    ],
+)
+def test_uci_refuses(uci, tmp_path, capsys, options, message):
+    uci_set(tmp_path / "one")
+    with pytest.raises(SystemExit) as stopped:
+        uci(*[option.format(tmp_path) for option in options])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_uci_incomplete_sets(uci, tmp_path):
+    uci_set(tmp_path / "one")
+    (tmp_path / "one" / "index_test_1.txt").unlink()
+    with pytest.raises(SystemExit, match="one: index_test_1.txt is missing"):
+        uci("--data-dir", tmp_path)
+    np.savetxt(tmp_path / "one" / "index_test_1.txt", [1, 2, 3])
+    with pytest.raises(SystemExit, match="one: the splits have different sizes"):
+        uci("--data-dir", tmp_path)
 
 
 def deep_sea(num_envs, depth):

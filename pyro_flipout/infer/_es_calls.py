@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyro_flipout._containers import holds_rows, leaves, map_leaves
 
 __all__ = ["block_of", "count_rows", "join"]
 
@@ -22,7 +24,8 @@ def count_rows(args: Any, num_owners: int, example_dim: int, caller: str, owner:
     :param owner: ``"member"`` or ``"environment"``, likewise.
     :raises ValueError: if there is none, or if the owners cannot have equally many.
     """
-    data = next((t for t in _tensors(args) if t.dim() > example_dim), None)
+    tensors = (leaf for leaf in leaves(args) if isinstance(leaf, Tensor))
+    data = next((t for t in tensors if t.dim() > example_dim), None)
     if data is None:
         raise ValueError(
             f"{caller}: no argument of the module is a tensor with a dimension {example_dim} "
@@ -38,34 +41,35 @@ def count_rows(args: Any, num_owners: int, example_dim: int, caller: str, owner:
     return rows
 
 
-def _tensors(obj: Any) -> Iterator[Tensor]:
-    if isinstance(obj, Tensor):
-        yield obj
-    elif isinstance(obj, (list, tuple, dict)):
-        for item in obj.values() if isinstance(obj, dict) else obj:
-            yield from _tensors(item)
-
-
-def block_of(obj: Any, start: int, size: int, rows: int, example_dim: int) -> Any:
+def block_of(args: Any, start: int, size: int, rows: int, example_dim: int) -> Any:
     """The rows ``start`` to ``start + size`` of all the tensors in nested arguments.
 
     :raises ValueError: if a tensor has another number of rows.
+    :raises TypeError: if other data have as many rows, or a container cannot be made anew.
     """
-    if isinstance(obj, Tensor):
-        if obj.dim() == 0:
-            return obj
-        if obj.dim() <= example_dim or obj.size(example_dim) != rows:
-            raise ValueError(
-                f"FlipES: with several bases every argument has its rows in dimension "
-                f"{example_dim}; got one of shape {tuple(obj.shape)} beside data of {rows} rows; "
-                "use num_bases=1, or change the layout within the module's forward"
+
+    def block(leaf: Any, path: str) -> Any:
+        if isinstance(leaf, Tensor) and not leaf.is_nested:
+            return _block(leaf, start, size, rows, example_dim) if leaf.dim() else leaf
+        if holds_rows(leaf, rows, example_dim):
+            raise TypeError(
+                f"FlipES: with several bases arguments are tensors, in lists, tuples, dicts or "
+                f"dataclasses at most; got a {type(leaf).__name__} that holds data of {rows} rows; "
+                "use num_bases=1"
             )
-        return obj.narrow(example_dim, start, size)
-    if isinstance(obj, (list, tuple)):
-        return _like(obj, [block_of(item, start, size, rows, example_dim) for item in obj])
-    if isinstance(obj, dict):
-        return {k: block_of(item, start, size, rows, example_dim) for k, item in obj.items()}
-    return obj
+        return leaf
+
+    return map_leaves(args, block, "the arguments", "FlipES")
+
+
+def _block(data: Tensor, start: int, size: int, rows: int, example_dim: int) -> Tensor:
+    if data.dim() <= example_dim or data.size(example_dim) != rows:
+        raise ValueError(
+            f"FlipES: with several bases every argument has its rows in dimension "
+            f"{example_dim}; got one of shape {tuple(data.shape)} beside data of {rows} rows; "
+            "use num_bases=1, or change the layout within the module's forward"
+        )
+    return data.narrow(example_dim, start, size)
 
 
 def join(parts: Sequence[Any], size: int, example_dim: int) -> Any:

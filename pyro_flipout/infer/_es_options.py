@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from pyro_flipout._checks import checked_integer, is_integer, is_number
 from pyro_flipout.infer._es_base import NOISE, Perturbed
 from pyro_flipout.infer._es_fitness import SHAPINGS
 from pyro_flipout.nn.choice import Chosen, Pattern, choose
@@ -21,28 +22,33 @@ def check_options(num_bases: int, fitness_shaping: str, weight_decay: float) -> 
 
     :raises ValueError: if one is out of range.
     """
-    if isinstance(num_bases, bool) or not isinstance(num_bases, int) or num_bases < 1:
-        raise ValueError(f"FlipES: got num_bases={num_bases!r}, expected an integer >= 1")
+    checked_integer("FlipES", "num_bases", num_bases, 1)
     if fitness_shaping not in SHAPINGS:
         raise ValueError(
             f"FlipES: got fitness_shaping={fitness_shaping!r}, expected one of {list(SHAPINGS)}"
         )
-    if not 0 <= weight_decay < float("inf"):
-        raise ValueError(f"FlipES: got weight_decay={weight_decay}, expected a number >= 0")
+    if not (is_number(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"FlipES: got weight_decay={weight_decay!r}, expected a number >= 0")
 
 
-def check_noise(distribution: str, example_dim: int, caller: str) -> None:
+def check_noise(
+    module: nn.Module, distribution: str, example_dim: int, seed: int | None, caller: str
+) -> None:
     """Checks the options that both have.
 
     :param caller: the class, for the message.
-    :raises ValueError: if one is out of range.
+    :raises TypeError: if the module is none.
+    :raises ValueError: if an option is out of range.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{caller}: got module={module!r}, expected a torch.nn.Module")
+    if seed is not None and not is_integer(seed, -(2**63)):
+        raise ValueError(f"{caller}: got seed={seed!r}, expected an integer")
     if distribution not in NOISE:
         raise ValueError(
             f"{caller}: got distribution={distribution!r}, expected one of {list(NOISE)}"
         )
-    if isinstance(example_dim, bool) or not isinstance(example_dim, int) or example_dim < 0:
-        raise ValueError(f"{caller}: got example_dim={example_dim!r}, expected an integer >= 0")
+    checked_integer(caller, "example_dim", example_dim, 0)
 
 
 def perturbed(
@@ -71,9 +77,9 @@ def perturbed(
 def _groups(sigma: float | Mapping[Pattern, float], caller: str) -> Mapping[Pattern, float]:
     groups: Mapping[Pattern, float] = sigma if isinstance(sigma, Mapping) else {"*": sigma}
     for pattern, value in groups.items():
-        if not 0 < value < float("inf"):
+        if not (is_number(value) and value > 0):
             raise ValueError(
-                f"{caller}: got sigma={value} for {pattern!r}, expected a finite number > 0; "
+                f"{caller}: got sigma={value!r} for {pattern!r}, expected a finite number > 0; "
                 "leave weights out with hide"
             )
     return groups

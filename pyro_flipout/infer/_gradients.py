@@ -40,7 +40,7 @@ class Sampler:
 
     :param elbo: has ``loss`` and ``loss_and_grads``, of ``(model, guide, *args, **kwargs)``.
     :param patterns: names of the parameters to keep, with ``*`` for anything; None for all.
-    :raises ValueError: if they match none.
+    :raises ValueError: if one of them matches none.
 
     :ivar names: of the parameters.
     :ivar parameters: unconstrained, as the optimiser sees them.
@@ -61,13 +61,7 @@ class Sampler:
         sites: Any = capture.trace.nodes.items()
         found = {str(n): site["value"].unconstrained() for n, site in sites}
         found = {name: value for name, value in found.items() if value.requires_grad}
-        wanted = ["*"] if patterns is None else list(patterns)
-        self.names = [n for n in found if any(fnmatchcase(n, pattern) for pattern in wanted)]
-        if not self.names:
-            raise ValueError(
-                f"gradient_variance: got parameters={wanted}, expected names or patterns of some "
-                f"of {sorted(found)}"
-            )
+        self.names = _matching(list(found), patterns)
         self.parameters = [found[name] for name in self.names]
         self._all = list(found.values())
 
@@ -85,6 +79,20 @@ class Sampler:
         finally:
             for parameter, grad in zip(self._all, kept, strict=True):
                 parameter.grad = grad
+
+
+def _matching(names: list[str], patterns: Iterable[str] | None) -> list[str]:
+    """The names that a pattern means, all if there are no patterns."""
+    if isinstance(patterns, str):  # whose letters would be patterns, and "*" among them
+        patterns = [patterns]
+    wanted = ["*"] if patterns is None else list(patterns)
+    unused = [p for p in wanted if not any(fnmatchcase(name, p) for name in names)]
+    if unused or not wanted:
+        raise ValueError(
+            f"gradient_variance: got parameters={wanted}, of which {unused} mean nothing, expected "
+            f"names or patterns of some of {sorted(names)}"
+        )
+    return [n for n in names if any(fnmatchcase(n, pattern) for pattern in wanted)]
 
 
 def pieces_of(sampler: Sampler, args: Any, kwargs: Any) -> list[Piece]:

@@ -59,8 +59,8 @@ def estimators_of(wanted: Iterable[str] | Mapping[str, Estimator]) -> dict[str, 
                     "takes the model and returns it wrapped, such as flipout(group_size=32)"
                 )
         return dict(wanted)
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
-    unknown = [name for name in names if name not in ESTIMATORS]
+    names = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else [*wanted]
+    unknown = [name for name in names if not isinstance(name, str) or name not in ESTIMATORS]
     if unknown or not names:
         raise ValueError(
             f"gradient_variance: got estimators={names}, expected some of {list(ESTIMATORS)}, or "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_flipout._checks import checked_integer, is_integer
 from pyro_flipout.infer._es_base import NOISE, Base
 from pyro_flipout.infer._es_calls import count_rows
 from pyro_flipout.infer._es_options import check_noise, perturbed
@@ -54,6 +55,7 @@ class Exploration:
     :param expose: the only parameters to consider.
     :param example_dim: dimension of the data that counts the rows.
     :param seed: of everything that is drawn here; from torch's default generator if omitted.
+    :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if the options are out of range or contradict each other.
     """
 
@@ -69,10 +71,9 @@ class Exploration:
         example_dim: int = 0,
         seed: int | None = None,
     ) -> None:
-        check_noise(distribution, example_dim, "Exploration")
-        if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
-            raise ValueError(f"Exploration: got num_envs={num_envs!r}, expected an integer >= 1")
-        self.module, self.num_envs, self.example_dim = module, num_envs, example_dim
+        check_noise(module, distribution, example_dim, seed, "Exploration")
+        self.num_envs = checked_integer("Exploration", "num_envs", num_envs, 1)
+        self.module, self.example_dim = module, example_dim
         self.weights = perturbed(module, sigma, hide, expose, "Exploration")
         self.noise, self._next = NOISE[distribution], 0
         self._seeds = torch.Generator()
@@ -86,8 +87,14 @@ class Exploration:
         do that from time to time, after each phase of learning for example.
 
         :param ended: which ones, a boolean tensor ``(N,)``; all if omitted.
+        :raises TypeError: if it is no tensor.
         :raises ValueError: if it has another shape or dtype.
         """
+        if ended is not None and not isinstance(ended, Tensor):
+            raise TypeError(
+                f"Exploration.resample: got {ended!r} of type {type(ended).__name__}, expected a "
+                "tensor; write torch.as_tensor(ended)"
+            )
         if ended is not None and (ended.dtype != torch.bool or ended.shape != (self.num_envs,)):
             raise ValueError(
                 f"Exploration.resample: got a {ended.dtype} tensor of shape {tuple(ended.shape)}, "
@@ -129,9 +136,9 @@ class Exploration:
         :param number: of the environment, from 0 to N - 1.
         :raises IndexError: if there is no such environment.
         """
-        if not 0 <= number < self.num_envs:
+        if not is_integer(number, 0) or number >= self.num_envs:
             raise IndexError(
-                f"Exploration.policy: got {number}, expected an environment from 0 to "
+                f"Exploration.policy: got {number!r}, expected an environment from 0 to "
                 f"{self.num_envs - 1}"
             )
         return self._base.member(int(self._population.own[number]))

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_flipout._checks import is_integer
 from pyro_flipout.infer._es_base import NOISE, Base
 from pyro_flipout.infer._es_calls import block_of, count_rows, join
 from pyro_flipout.infer._es_fitness import SHAPINGS, checked_fitness
@@ -75,6 +76,7 @@ class FlipES:
     :param keep_draws: False to draw the bases again whenever they are used: memory then does not
         grow with ``num_bases``, for one normal number more a weight and call.
     :param seed: of everything that is drawn here; from torch's default generator if omitted.
+    :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if the options are out of range or contradict each other.
 
     .. note:: Members of one base share the sizes of its perturbations. For a fitness linear in
@@ -102,7 +104,7 @@ class FlipES:
         seed: int | None = None,
     ) -> None:
         check_options(num_bases, fitness_shaping, weight_decay)
-        check_noise(distribution, example_dim, "FlipES")
+        check_noise(module, distribution, example_dim, seed, "FlipES")
         self.module = module
         self.weights = perturbed(module, sigma, hide, expose, "FlipES")
         self.num_bases, self.noise = num_bases, NOISE[distribution]
@@ -125,8 +127,9 @@ class FlipES:
 
         :param num_members: the number N of members, over all bases.
         :raises RuntimeError: if a population is active already.
-        :raises ValueError: if ``num_bases`` does not divide it, or leaves odd blocks for
-            antithetic members. A call raises if its rows are no multiple of it.
+        :raises ValueError: if it is no positive integer, if ``num_bases`` does not divide it, or
+            leaves odd blocks for antithetic members. A call raises if its rows are no multiple
+            of it.
         """
         size = self._block_size(num_members)
         if self._inside:
@@ -189,12 +192,12 @@ class FlipES:
         return join(outs, size, self.example_dim)
 
     def _block_size(self, num_members: int) -> int:
-        size, rest = divmod(num_members, self.num_bases)
-        if num_members < 1 or rest:
+        if not is_integer(num_members, 1) or num_members % self.num_bases:
             raise ValueError(
-                f"FlipES.perturb: got num_members={num_members}, expected a positive multiple of "
+                f"FlipES.perturb: got num_members={num_members!r}, expected a positive multiple of "
                 f"num_bases={self.num_bases}"
             )
+        size = int(num_members) // self.num_bases
         if self.antithetic and size % 2:
             raise ValueError(
                 f"FlipES.perturb: got num_members={num_members}, which is {size} for each base; "
@@ -215,10 +218,10 @@ class FlipES:
             ``torch.func.functional_call``.
         :raises IndexError: if there is no such member.
         """
-        if not 0 <= number < self.num_members:
+        if not is_integer(number, 0) or number >= self.num_members:
             raise IndexError(
-                f"FlipES.member: got {number}, but the population has {self.num_members} members; "
-                "it exists from perturb to the next backward"
+                f"FlipES.member: got {number!r}, but the population has {self.num_members} "
+                "members; it exists from perturb to the next backward"
             )
         base, own = divmod(number, self._bases[0].population.num_members)
         return self._bases[base].member(own)

@@ -16,6 +16,7 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.util import get_rng_state, set_rng_state
 
+from pyro_flipout._checks import checked_integer, is_integer, is_number
 from pyro_flipout.infer._gradients import Sampler, pieces_of
 from pyro_flipout.infer._minibatches import Batches, Data
 from pyro_flipout.infer._moments import Moments, Spread
@@ -73,13 +74,15 @@ def gradient_variance(
 
     :param model: the bare model.
     :param guide: its guide.
-    :param args: the model's, with the whole data set in place of a mini-batch.
-    :param kwargs: likewise. Every tensor in ``args`` and ``kwargs`` that has as many rows as the
-        first one is data, of which mini-batches are taken.
+    :param args: a tuple of the model's arguments, with the whole data set in place of a mini-batch.
+    :param kwargs: likewise. Every tensor or NumPy array in ``args`` and ``kwargs`` that has as many
+        rows as the first one is data, of which mini-batches are taken, also within lists, tuples,
+        named tuples, mappings and dataclasses. A list or tuple of as many items is data too,
+        such as one of file names. All else is handed over as it is.
     :param estimators: names from :data:`~pyro_flipout.infer.estimators.ESTIMATORS`, or a mapping
         from names to functions that wrap a model.
     :param batch_sizes: values of N; if omitted the powers of 4 up to the size of the data.
-    :param num_repeats: gradients for each variance.
+    :param num_repeats: gradients for each variance, at least 2; the standard errors need 3.
     :param batches: ``"resampled"``: each repeat has a fresh mini-batch, rows drawn at random with
         replacement, so that the variance is that of data and weights (the paper's);
         ``"fixed"``: the first N rows each time, so that it is that of the weights alone; or a
@@ -89,7 +92,7 @@ def gradient_variance(
     :param divide_by: what the loss is divided by in place of N. Give the size M of the data set
         if the model scales its likelihood by M / N.
     :param parameters: names of the parameters to look at, with ``*`` for anything
-        (``"*locs*"``); all if omitted.
+        (``["*locs*"]``); all if omitted.
     :param entries: whether to keep each entry's variance too, in variables named
         ``<parameter>_entries``. The memory is that of two gradients for each estimator and N;
         otherwise of one in all, whatever the repeats.
@@ -100,7 +103,10 @@ def gradient_variance(
         over ``(estimator, batch_size, site)``; ``seconds`` for a gradient, over ``(estimator,
         batch_size)``. See :func:`~pyro_flipout.infer.decompose_variance` and
         :func:`~pyro_flipout.infer.plot_gradient_variance`.
-    :raises ValueError: if an argument contradicts another, or the model flips weights itself.
+    :raises ValueError: if an argument is out of range or contradicts another, or the model flips
+        weights itself.
+    :raises TypeError: if an argument has the wrong type, or holds data of which rows cannot be
+        taken, such as a data frame or an object with tensors among its attributes.
 
     .. note:: ``Trace_ELBO`` estimates the KL term from the draw of the weights, noise that
         belongs to no example. A model that does not scale its likelihood then has it at a weight
@@ -113,16 +119,16 @@ def gradient_variance(
         Yeming Wen, Paul Vicol, Jimmy Ba, Dustin Tran, Roger Grosse,
         https://arxiv.org/abs/1803.04386
     """
+    _check_options(model, guide, num_repeats, elbo, divide_by, seed)
     wrapped = wrapped_by(estimators_of(estimators), model)
-    if num_repeats < 2:
-        raise ValueError(f"gradient_variance: got num_repeats={num_repeats}, expected at least 2")
-    data = Data(tuple(args), dict(kwargs or {}), example_dim, batches)
+    data = Data(args, {} if kwargs is None else kwargs, example_dim, batches)
     sizes = data.check_sizes(batch_sizes)
     with _random_state(seed):
         first = data.batch(sizes[0])
         guide(*first[0], **first[1])
         _check_bare(model, guide, *first)
-        sampler = Sampler(model, guide, elbo or Trace_ELBO(), parameters, *first)
+        elbo = Trace_ELBO() if elbo is None else elbo
+        sampler = Sampler(model, guide, elbo, parameters, *first)
         pieces = pieces_of(sampler, *first)
         table = Table(list(wrapped), sizes, sampler, pieces, entries)
         with _bar(len(wrapped) * len(sizes) * num_repeats, progress) as tick:
@@ -131,11 +137,40 @@ def gradient_variance(
                     moments, seconds = Moments(table.groups, entries), Spread()
                     for _ in range(num_repeats):
                         batch, start = data.batch(size), time.perf_counter()
-                        moments.add(sampler.draw(program, *batch, divide_by or size))
+                        divisor = size if divide_by is None else divide_by
+                        moments.add(sampler.draw(program, *batch, divisor))
                         seconds.add(time.perf_counter() - start)
                         tick(f"{name}, N = {size}")
                     table.put(name, size, moments, seconds.mean)
     return table.dataset(num_repeats, data.kind)
+
+
+def _check_options(
+    model: Any, guide: Any, num_repeats: Any, elbo: Any, divide_by: Any, seed: Any
+) -> None:
+    """What can be checked before anything runs."""
+    for name, fn in (("model", model), ("guide", guide)):
+        if not callable(fn):
+            raise TypeError(
+                f"gradient_variance: got {name}={fn!r}, expected a function or module with sample "
+                "statements"
+            )
+    if not is_integer(num_repeats, 2):
+        raise ValueError(
+            f"gradient_variance: got num_repeats={num_repeats!r}, expected at least 2, an integer"
+        )
+    if seed is not None:
+        checked_integer("gradient_variance", "seed", seed, 0)
+    if divide_by is not None and not (is_number(divide_by) and divide_by > 0):
+        raise ValueError(
+            f"gradient_variance: got divide_by={divide_by!r}, expected a finite number > 0, such "
+            "as the size of the data set; omit it to divide by the batch size"
+        )
+    if elbo is not None and (isinstance(elbo, type) or not hasattr(elbo, "loss_and_grads")):
+        raise TypeError(
+            f"gradient_variance: got elbo={elbo!r}, expected an object with loss and "
+            "loss_and_grads, such as Trace_ELBO()"
+        )
 
 
 class _Sees(Messenger):

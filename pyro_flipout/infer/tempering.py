@@ -284,6 +284,9 @@ def _is_number(obj: object) -> bool:
 
 
 def _names(option: str, names: Iterable[str] | None) -> frozenset[str] | None:
-    if isinstance(names, str):
+    if names is None:
+        return None
+    found = None if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    if found is None or not all(isinstance(name, str) for name in found):
         raise TypeError(f"tempered: got {option}={names!r}, expected a list of site names")
-    return None if names is None else frozenset(names)
+    return frozenset(found)

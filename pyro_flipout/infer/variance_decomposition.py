@@ -33,7 +33,7 @@ import numpy as np
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["decompose_variance", "design"]
+__all__ = ["decompose_variance", "design", "measured_variable"]
 
 _MODELLED = {"independent": (0, 0), "flipout": (0, 1), "shared": (1, 1)}
 _QUANTILE = 1.6449  # of a standard normal at 0.95
@@ -51,13 +51,19 @@ def design(estimator: str, batch_size: Any) -> np.ndarray:
     :param estimator: ``"shared"``, ``"flipout"`` or ``"independent"``.
     :param batch_size: values of N, shape ``(*)``.
     :returns: array of shape ``(*, 3)``.
+    :raises ValueError: if the estimator is another, or a value of N is below 1.
 
     >>> design("flipout", [1, 4])
     array([[1.  , 0.  , 0.  ],
            [0.25, 0.  , 0.75]])
     """
+    if estimator not in _MODELLED:
+        raise ValueError(f"design: got estimator={estimator!r}, expected one of {list(_MODELLED)}")
+    sizes = np.asarray(batch_size, dtype=float)
+    if not (sizes >= 1).all():
+        raise ValueError(f"design: got batch_size={batch_size!r}, expected values >= 1")
     beta, gamma = _MODELLED[estimator]
-    one = 1 / np.asarray(batch_size, dtype=float)
+    one = 1 / sizes
     return np.stack([one, beta * (1 - one), gamma * (1 - one)], -1)
 
 
@@ -79,17 +85,17 @@ def decompose_variance(found: xr.Dataset, by: str = "site") -> xr.Dataset:
         95 % lower bound; ``chi_square`` and ``degrees_of_freedom`` of the fit; and ``predicted``
         over ``(estimator, batch_size, by)``. Least squares knows no bounds, so that a component
         that is 0 may come out negative, within its error.
-    :raises ValueError: if the measurements cannot tell the three apart.
+    :raises TypeError: if ``found`` is no Dataset.
+    :raises ValueError: if the measurements cannot tell the three apart, have no standard errors,
+        or are not there.
     """
     import xarray as xr
 
-    if by not in ("site", "parameter"):
-        raise ValueError(f'decompose_variance: got by={by!r}, expected "site" or "parameter"')
-    name = "site_variance" if by == "site" else "variance"
+    name = measured_variable("decompose_variance", found, by)
     used = [e for e in found.estimator.values if e in _MODELLED]
     sizes = found.batch_size.values
     missing = {"shared", "flipout"} - set(used)
-    if missing or len(sizes) < 2:
+    if missing or len(np.unique(sizes)) < 2:
         raise ValueError(
             f"decompose_variance: got estimators {list(found.estimator.values)} at batch sizes "
             f"{list(sizes)}, expected 'shared', 'flipout' and at least two sizes"
@@ -99,6 +105,11 @@ def decompose_variance(found: xr.Dataset, by: str = "site") -> xr.Dataset:
         found[v].sel(estimator=used).transpose(by, "estimator", "batch_size").values
         for v in (name, f"{name}_se")
     )
+    if np.isnan(errors[values > 0]).any():
+        raise ValueError(
+            f"decompose_variance: {name}_se is nan, expected a standard error for each variance, "
+            "by which to weigh it; measure with gradient_variance(..., num_repeats=3) or more"
+        )
     fits = [_fit(matrix, v.ravel(), e.ravel()) for v, e in zip(values, errors, strict=True)]
     columns = np.array([_summary(fit) for fit in fits])
     predicted = np.stack([(matrix @ fit.estimate).reshape(len(used), -1) for fit in fits], -1)
@@ -109,6 +120,33 @@ def decompose_variance(found: xr.Dataset, by: str = "site") -> xr.Dataset:
         },
         {by: found[by].values, "estimator": used, "batch_size": sizes},
     )
+
+
+def measured_variable(caller: str, found: Any, by: str) -> str:
+    """The name of the variable that holds the variances.
+
+    :raises TypeError: if ``found`` is no Dataset.
+    :raises ValueError: if ``by`` is unknown, or the Dataset has no such variable.
+    """
+    import xarray as xr
+
+    if not isinstance(found, xr.Dataset):
+        raise TypeError(
+            f"{caller}: got found of type {type(found).__name__}, expected the xarray.Dataset of "
+            "gradient_variance"
+        )
+    if by not in ("site", "parameter"):
+        raise ValueError(f'{caller}: got by={by!r}, expected "site" or "parameter"')
+    name = "site_variance" if by == "site" else "variance"
+    dims = {"estimator", "batch_size", by}
+    missing = [v for v in (name, f"{name}_se") if v not in found or set(found[v].dims) != dims]
+    if missing:
+        raise ValueError(
+            f"{caller}: got a Dataset without {missing} over {sorted(dims)}, expected that of "
+            "gradient_variance with all its dimensions; select several values with a list, as in "
+            'found.sel(estimator=["shared", "flipout"])'
+        )
+    return name
 
 
 class _Fit(NamedTuple):

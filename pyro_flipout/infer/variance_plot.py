@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_flipout.infer.variance_decomposition import decompose_variance, design
+from pyro_flipout._checks import is_number
+from pyro_flipout.infer.variance_decomposition import (
+    decompose_variance,
+    design,
+    measured_variable,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -49,19 +54,22 @@ def plot_gradient_variance(
         90 % intervals.
     :param ax: matplotlib axes to draw into; new ones if omitted.
     :returns: the axes.
-    :raises ValueError: if ``by`` or a name in ``only`` is unknown.
+    :raises TypeError: if ``found`` is no Dataset.
+    :raises ValueError: if ``by`` or a name in ``only`` is unknown, or ``bars`` is out of range.
     """
+    variable = measured_variable("plot_gradient_variance", found, by)
+    if not (is_number(bars) and bars >= 0):
+        raise ValueError(
+            f"plot_gradient_variance: got bars={bars!r}, expected a finite number >= 0"
+        )
+    known = [str(name) for name in found[by].values]
+    names = known if only is None else [only] if isinstance(only, str) else list(only)
+    if set(names) - set(known):
+        raise ValueError(f"plot_gradient_variance: got only={names}, expected some of {known}")
     if ax is None:
         import matplotlib.pyplot as plt
 
         ax = plt.figure(layout="constrained").add_subplot()
-    if by not in ("site", "parameter"):
-        raise ValueError(f'plot_gradient_variance: got by={by!r}, expected "site" or "parameter"')
-    known = [str(name) for name in found[by].values]
-    names = known if only is None else list(only)
-    if set(names) - set(known):
-        raise ValueError(f"plot_gradient_variance: got only={names}, expected some of {known}")
-    variable = "site_variance" if by == "site" else "variance"
     curves = decompose_variance(found, by) if predicted else None
     for color, name in enumerate(names):
         for estimator in found.estimator.values:

@@ -3,6 +3,7 @@
 
 """One policy for each environment, which lives until its episode ends."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -163,16 +164,23 @@ def test_seed_and_errors():
         ({"sigma": {"0": 1.0}}, r"Exploration: no group of sigma means '2\.weight'"),
         ({"distribution": "cauchy"}, "Exploration: got distribution='cauchy'"),
         ({"example_dim": -1}, "Exploration: got example_dim=-1"),
+        ({"sigma": "1"}, "Exploration: got sigma='1'"),
+        ({"seed": 1.5}, "Exploration: got seed=1.5, expected an integer"),
     ):
         with pytest.raises(ValueError, match=words):
             Exploration(net, **{"sigma": 0.1, "num_envs": ENVS, **options})
     explore = Exploration(net, 0.1, ENVS)
     with pytest.raises(ValueError, match=r"int64 tensor of shape \(2,\), expected torch.bool .*5"):
         explore.resample(torch.tensor([0, 1]))
+    for ended in ([True] * ENVS, np.ones(ENVS, bool)):
+        with pytest.raises(TypeError, match=r"of type .*, expected a tensor; write torch.as_tens"):
+            explore.resample(ended)
+    with pytest.raises(TypeError, match=r"Exploration: got module=<function .*torch.nn.Module"):
+        Exploration(mlp, 0.1, ENVS)
     words = r"Exploration: got data .* 4 rows .*multiple of the 5 environments"
     with pytest.raises(ValueError, match=words):
         explore(x[:4])
-    for number in (-1, ENVS):
+    for number in (-1, ENVS, 0.5, True):
         with pytest.raises(IndexError, match=f"got {number}, expected .* from 0 to 4"):
             explore.policy(number)
     assert net(x).requires_grad

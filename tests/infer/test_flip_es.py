@@ -4,6 +4,7 @@
 """Evolution strategies: exact for the explicit population, unbiased, and clear about errors."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -534,11 +535,33 @@ def test_draws_made_again_are_the_same():
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
         ({"example_dim": -1}, "example_dim=-1"),
         ({"hide": ["nowhere"]}, "'nowhere'"),
+        ({"sigma": "0.1"}, "sigma='0.1' for"),
+        ({"sigma": True}, "sigma=True for"),
+        ({"sigma": {"*": None}}, "sigma=None for"),
+        ({"sigma": {}}, "no group of sigma means '0.weight'"),
+        ({"num_bases": 1.0}, "num_bases=1.0"),
+        ({"weight_decay": "0"}, "weight_decay='0'"),
+        ({"weight_decay": float("inf")}, "weight_decay=inf"),
+        ({"seed": 0.5}, "FlipES: got seed=0.5, expected an integer"),
+        ({"seed": "1"}, "seed='1'"),
     ],
 )
 def test_options(options, words):
     with pytest.raises(ValueError, match=words):
         FlipES(mlp(), **{"sigma": 0.1, **options})
+
+
+def test_what_is_no_module():
+    with pytest.raises(TypeError, match="FlipES: got module=3, expected a torch.nn.Module"):
+        FlipES(3, sigma=0.1)
+
+
+@pytest.mark.parametrize("num_members", [4.0, 2.5, True, "4", 0, -2])
+def test_numbers_of_members(num_members):
+    es = FlipES(mlp(), sigma=0.1)
+    words = f"num_members={num_members!r}, expected a positive multiple"
+    with pytest.raises(ValueError, match=words):
+        es.perturb(num_members).__enter__()
 
 
 def evaluated(num_members=4, **options):
@@ -584,8 +607,9 @@ def test_backward_needs_a_population():
         es.module(torch.zeros(4, 4))
         with pytest.raises(RuntimeError, match="leave perturb first"):
             es.backward(torch.zeros(4))
-    with pytest.raises(IndexError, match=r"got 4.*has 4 members"):
-        es.member(4)
+    for number in (4, -1, 0.5, True, "0"):
+        with pytest.raises(IndexError, match=f"got {number!r}, but the population has 4 members"):
+            es.member(number)
 
 
 def test_perturb_errors():
@@ -617,6 +641,50 @@ def test_layouts_that_cannot_be_divided():
             net(x, state)
         with pytest.raises(ValueError, match=r"result .*shape \(1, 2, 4\) for 2 rows"):
             net(x)
+
+
+@dataclass
+class Batch:
+    x: torch.Tensor
+    scale: float = 2.0
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, batch):
+        return self.net(batch.x) * batch.scale
+
+
+def test_bases_cut_dataclasses(float64):
+    """Each block of rows meets its own base, as the members' weights say."""
+    es, x = FlipES(Scaled(), sigma=0.3, num_bases=2), torch.randn(4, 4)
+    with es.perturb(4):
+        out = es.module(Batch(x))
+        for n in range(4):
+            weights = es.member(n)
+            plain = functional_call(Scaled(), weights, (Batch(x[n : n + 1]),))
+            torch.testing.assert_close(out[n : n + 1], plain, rtol=1e-10, atol=1e-10)
+
+
+def test_bases_refuse_what_they_cannot_cut():
+    class Plain:
+        def __init__(self, x):
+            self.x = x
+
+    class Takes(Scaled):
+        def forward(self, x, more):
+            return self.net(x)
+
+    es, x = FlipES(Takes(), sigma=0.1, num_bases=2), torch.randn(4, 4)
+    with es.perturb(4):
+        for more in (Plain(x), x.numpy()):
+            words = f"a {type(more).__name__} that holds data of 4 rows; use num_bases=1"
+            with pytest.raises(TypeError, match=words):
+                es.module(x, more)
+        assert es.module(x, Plain(x[:3])).shape == (4, 3)
 
 
 def test_a_weight_that_cannot_be_flipped():

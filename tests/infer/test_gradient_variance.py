@@ -1,6 +1,11 @@
 """Measured variances against exact ones: streaming, pieces, batches, no trace left behind."""
 
 import sys
+import warnings
+from collections import OrderedDict, UserDict, deque
+from dataclasses import InitVar, dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import pyro
@@ -8,12 +13,16 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+import xarray as xr
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule
 from pyro.util import get_rng_state
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_flipout import FlipoutMessenger, flipout
+from pyro_flipout._containers import leaves
 from pyro_flipout.infer import AutoMeanField, gradient_variance
 from pyro_flipout.infer._gradients import Piece
 from pyro_flipout.infer._minibatches import Data
@@ -305,6 +314,221 @@ def test_other_tensors_and_keyword_arguments():
     assert set(seen) == {((5, 3, 3), (2,), (1, 3), "on")}
 
 
+# ------------------------------------------------------------------------- containers
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@dataclass
+class Example:
+    x: torch.Tensor
+    y: torch.Tensor
+    name: str = "some"
+    length: int = field(init=False)
+
+    def __post_init__(self):
+        self.length = len(self.x)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@dataclass
+class Stale:
+    x: torch.Tensor
+    y: torch.Tensor = field(init=False)
+
+
+@dataclass
+class Needs:
+    x: torch.Tensor
+    again: InitVar[int]
+
+
+class Plain:
+    def __init__(self, x):
+        self.x = x
+
+
+class Slotted:
+    __slots__ = ("x",)
+
+    def __init__(self, x):
+        self.x = x
+
+
+CONTAINERS = {
+    "list": lambda x, y: [x, y],
+    "tuple": lambda x, y: (x, y),
+    "named tuple": Pair,
+    "torch's named tuple": lambda x, y: torch.return_types.max((x, y)),
+    "dict": lambda x, y: {"x": x, "y": y},
+    "ordered dict": lambda x, y: OrderedDict(x=x, y=y),
+    "user dict": lambda x, y: UserDict(x=x, y=y),
+    "proxy": lambda x, y: MappingProxyType({"x": x, "y": y}),
+    "dataclass": Example,
+    "frozen dataclass": Frozen,
+    "nested": lambda x, y: {"a": [Pair(x, {"y": y})], "b": None, "c": "text"},
+}
+
+
+def taken(batch, size=20, dim=0, **kwargs):
+    """The arguments of one mini-batch."""
+    return Data((batch,), kwargs, dim, "resampled").batch(size)[0][0]
+
+
+def flat(obj):
+    return [leaf for leaf in leaves(obj) if isinstance(leaf, (torch.Tensor, np.ndarray))]
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_rows_go_together_in_a_container(kind):
+    numbers = torch.arange(7.0)
+    batch = CONTAINERS[kind](numbers[:, None].expand(7, 3), 10 * numbers)
+    found = taken(batch)
+    assert type(found) is type(batch)
+    x, y = flat(found)
+    assert x.shape == (20, 3)
+    assert torch.equal(10 * x[:, 0], y)
+    assert x.unique().numel() > 3
+    if kind == "nested":
+        assert (found["b"], found["c"]) == (None, "text")
+    old_x, old_y = flat(batch)  # as it was
+    assert old_x.shape == (7, 3)
+    assert torch.equal(old_y, 10 * numbers)
+
+
+def test_what_a_dataclass_computes_fits_its_rows():
+    batch = Example(torch.randn(7, 3), torch.randn(7), "mine")
+    found = taken(batch)
+    assert (found.length, found.name, batch.length) == (20, "mine", 7)
+
+
+def test_a_container_without_data_is_handed_over_itself():
+    class Odd(tuple):
+        __slots__ = ()
+
+    options = {"widths": Odd((1, 2)), "scale": torch.ones(2), "net": torch.nn.Linear(7, 7)}
+    args, kwargs = Data((torch.randn(7, 3), options), {"o": options}, 0, "resampled").batch(4)
+    assert args[1] is options
+    assert kwargs["o"] is options
+
+
+@pytest.mark.parametrize("where", ["args", "kwargs"])
+def test_variances_do_not_depend_on_the_container(float64, where):
+    """The same rows are drawn, so that the variances are the same to the last bit."""
+
+    def model(x, batch=None, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 10.0).expand([1, 3]).to_event(2))
+        y = batch["y"] if y is None else y
+        with pyro.plate("data", 64, subsample_size=len(x)):
+            pyro.sample("y", dist.Normal((x @ w.T).squeeze(-1), 1.0), obs=y)
+
+    x, y = torch.randn(64, 3), torch.randn(64)
+    guide, options = AutoMeanField(model), {"batch_sizes": [16, 64], "num_repeats": 5, **QUIET}
+    guide(x, y=y)  # its setting up draws random numbers
+    plain = gradient_variance(model, guide, (x,), kwargs={"y": y}, **options)
+    if where == "args":
+        found = gradient_variance(model, guide, (x, {"y": y}), **options)
+    else:
+        found = gradient_variance(model, guide, (x,), kwargs={"batch": {"y": y}}, **options)
+    assert (found.variance == plain.variance).all()
+
+
+def test_arrays_and_lists_are_rows_too():
+    numbers = np.arange(7)
+    batch = {
+        "x": torch.arange(7.0),
+        "array": numbers[:, None] * np.ones(3),
+        "names": [f"row {n}" for n in numbers],
+        "targets": tuple({"boxes": torch.full((n % 3 + 8, 4), float(n))} for n in numbers),
+        "sizes": torch.Size([7]),
+    }
+    found = taken(batch)
+    rows = found["x"].int().tolist()
+    np.testing.assert_array_equal(found["array"][:, 2], rows)
+    assert found["names"] == [f"row {n}" for n in rows]
+    assert [t["boxes"][0, 0].item() for t in found["targets"]] == rows
+    assert found["sizes"] is batch["sizes"]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse C.. tensor support:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_rows_of_sparse_data(layout):
+    dense = torch.randn(7, 5) * (torch.rand(7, 5) > 0.5)
+    x, n = taken((dense.to_sparse(layout=layout), torch.arange(7)))
+    assert x.layout == layout
+    assert torch.equal(x.to_dense(), dense[n])
+
+
+def refused():
+    x = torch.randn(7, 3)
+    lengths = torch.full((7,), 2)
+    return {
+        "Plain": Plain({"x": x}),
+        "Slotted": Slotted(x),
+        "TensorDataset": TensorDataset(x),
+        "DataLoader": DataLoader(TensorDataset(x), batch_size=2),
+        "Normal": dist.Normal(x, 1.0),
+        "deque": deque(range(7)),
+        "range": range(7),
+        "PackedSequence": pack_padded_sequence(torch.randn(2, 7, 3), lengths),
+        "DataArray": xr.DataArray(np.zeros((7, 2))),
+    }
+
+
+@pytest.mark.parametrize("kind", refused())
+def test_data_that_cannot_be_cut(kind):
+    words = rf"args\[0\]\['more'\], a {kind}, holds data of 7 rows.*batches=a function"
+    with pytest.raises(TypeError, match=words):
+        taken({"x": torch.randn(7, 3), "more": refused()[kind]})
+    taken({"x": torch.randn(8, 3), "more": refused()[kind]})  # no rows of these data
+
+
+def test_nested_tensors_are_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nested = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(1, 3)])
+    with pytest.raises(TypeError, match="a Tensor, holds data of 2 rows"):
+        taken([torch.randn(2, 5), nested])
+
+
+def stale(x):
+    batch = Stale(x)
+    batch.y = x[:, 0]
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (stale, r"a Stale, has rows of data in \['y'\].*remove init=False"),
+        (lambda x: Needs(x, 1), "a Needs, anew with dataclasses.replace: .*'again' must be"),
+        (lambda x: type("Odd", (tuple,), {})((x, 1)), "a Odd, anew .*named tuple"),
+    ],
+)
+def test_containers_that_cannot_be_made_anew(make, words):
+    with pytest.raises(TypeError, match=rf"gradient_variance: .*args\[0\], {words}"):
+        taken(make(torch.randn(7, 3)))
+
+
+@pytest.mark.parametrize("batches", ["resampled", lambda size: {"x": torch.randn(size, 3)}])
+def test_arguments_are_a_tuple(batches):
+    """Of a dict the keys would be the arguments, of a tensor the rows."""
+    model, guide, args = regression()
+    given = {"x": args[0], "y": args[1]} if batches == "resampled" else args
+    with pytest.raises(TypeError, match=r"of type dict, expected a tuple .*\(batch,\)"):
+        gradient_variance(model, guide, given, batches=batches, **QUIET)
+    with pytest.raises(TypeError, match="args of type Tensor"):
+        gradient_variance(model, guide, args[0], **QUIET)
+
+
 # -------------------------------------------------------------------------------- options
 
 
@@ -341,12 +565,56 @@ def test_estimators_of_your_own():
         ({"batch_sizes": [13], "batches": "fixed"}, "args have 12 rows in their dimension 0"),
         ({"batches": "fresh"}, 'expected "resampled", "fixed" or a function'),
         ({"parameters": ["*mean*"]}, "expected names or patterns of some of .*locs"),
+        ({"parameters": ["*locs*", "locks"]}, r"\['locks'\] mean nothing"),
+        ({"parameters": []}, r"parameters=\[\]"),
+        ({"estimators": 3}, r"got estimators=\[3\]"),
+        ({"estimators": [flipout]}, r"expected some of \['shared', 'flipout'"),
+        ({"num_repeats": 2.5}, "num_repeats=2.5, expected at least 2, an integer"),
+        ({"num_repeats": True}, "num_repeats=True"),
+        ({"batch_sizes": [2.5]}, r"batch_sizes=\[2.5\], expected integers >= 1"),
+        ({"batch_sizes": [True]}, "expected integers >= 1"),
+        ({"batch_sizes": 4}, "batch_sizes=4, expected a list of integers"),
+        ({"batch_sizes": "48"}, "batch_sizes='48', expected a list of integers"),
+        ({"divide_by": 0}, "divide_by=0, expected a finite number > 0"),
+        ({"divide_by": -2.0}, "divide_by=-2.0, expected a finite number > 0"),
+        ({"divide_by": float("nan")}, "divide_by=nan, expected"),
+        ({"divide_by": "12"}, "divide_by='12', expected"),
+        ({"example_dim": -1}, "example_dim=-1, expected an integer >= 0"),
+        ({"example_dim": 2}, "args have 0 rows in their dimension 2"),
+        ({"example_dim": 0.0}, "example_dim=0.0, expected"),
+        ({"seed": -1}, "seed=-1, expected an integer >= 0"),
+        ({"seed": 0.5}, "seed=0.5"),
     ],
 )
 def test_wrong_options(options, message):
     model, guide, args = regression()
     with pytest.raises(ValueError, match=message):
         gradient_variance(model, guide, args, **QUIET, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": 3}, "got model=3, expected a function or module"),
+        ({"guide": None}, "got guide=None, expected"),
+        ({"elbo": Trace_ELBO}, r"expected an object with loss .*such as Trace_ELBO\(\)"),
+        ({"elbo": "elbo"}, "got elbo='elbo'"),
+        ({"kwargs": [1]}, "kwargs of type list, expected a dict"),
+        ({"kwargs": ()}, "kwargs of type tuple, expected a dict"),
+    ],
+)
+def test_wrong_types(options, message):
+    model, guide, args = regression()
+    given = {"model": model, "guide": guide, "args": args, **QUIET, **options}
+    with pytest.raises(TypeError, match=message):
+        gradient_variance(**given)
+
+
+def test_one_pattern_is_not_its_letters():
+    model, guide, args = regression()
+    options = {"num_repeats": 2, "batch_sizes": [np.int64(4)], "estimators": "shared", **QUIET}
+    found = gradient_variance(model, guide, args, parameters="*scales*weight*", **options)
+    assert len(found.parameter) == 2
 
 
 @pytest.mark.parametrize(
@@ -366,6 +634,9 @@ def test_no_data():
     model, guide, _ = regression()
     with pytest.raises(ValueError, match="args have 0 rows"):
         gradient_variance(model, guide, (), batch_sizes=[2], **QUIET)
+    for empty in ((torch.zeros(0, 3), torch.zeros(0, 2)), ({"x": torch.zeros(0, 3)},)):
+        with pytest.raises(ValueError, match="args have 0 rows"):
+            gradient_variance(model, guide, empty, batch_sizes=[2], **QUIET)
 
 
 def test_progress_bar(capsys, monkeypatch):

@@ -607,6 +607,10 @@ def test_bad_options():
         tempered(factor=0.1, hide=["w"], expose=["w"])
     with pytest.raises(TypeError, match="hide='w', expected a list"):
         tempered(factor=0.1, hide="w")
+    for names in (3, ["w", 1], [None]):
+        with pytest.raises(TypeError, match="expose=.*, expected a list of site names"):
+            tempered(expose=names)
+    assert tempered(hide=[]).hide == tempered(hide=iter(())).hide == frozenset()
     for fn in (0.1, AutoNormal):
         with pytest.raises(TypeError, match="expected a model, a guide or an ELBO"):
             tempered(fn, 0.1)

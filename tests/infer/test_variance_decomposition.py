@@ -12,6 +12,7 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro_flipout import flipout
 from pyro_flipout.infer import decompose_variance, gradient_variance, plot_gradient_variance
 from pyro_flipout.infer.variance_accessor import VarianceAccessor
+from pyro_flipout.infer.variance_decomposition import design
 
 SIZES = np.array([1, 4, 32, 512])
 PARTS = {"w": (8.0, 0.5, 0.01), "b": (3.0, 0.2, 0.0)}
@@ -97,6 +98,37 @@ def test_by_parameter():
 def test_what_cannot_be_told_apart(estimators, sizes, by, message):
     with pytest.raises(ValueError, match=message):
         decompose_variance(measured(estimators, sizes), by)
+
+
+def test_equal_sizes_are_one_size():
+    with pytest.raises(ValueError, match="at least two sizes"):
+        decompose_variance(measured(sizes=np.array([4, 4])))
+
+
+@pytest.mark.parametrize("function", [decompose_variance, plot_gradient_variance])
+def test_what_is_no_measurement(function):
+    name = function.__name__
+    with pytest.raises(TypeError, match=f"{name}: got found of type DataArray, expected the xarr"):
+        function(measured().site_variance)
+    with pytest.raises(ValueError, match=rf"{name}: got a Dataset without \['variance', 'varianc"):
+        function(measured(), "parameter")
+    with pytest.raises(ValueError, match=r"without \['site_variance', .*select several values"):
+        function(measured().sel(estimator="flipout"))
+
+
+def test_two_repeats_have_no_standard_errors():
+    linear = Linear()
+    options = {"batch_sizes": [1, 8], "num_repeats": 2, "progress": False}
+    found = gradient_variance(linear.model, linear.guide, (linear.x, linear.y), **options)
+    with pytest.raises(ValueError, match="site_variance_se is nan.*num_repeats=3"):
+        decompose_variance(found)
+
+
+def test_design_knows_its_arguments():
+    with pytest.raises(ValueError, match="estimator='flip', expected one of"):
+        design("flip", [1])
+    with pytest.raises(ValueError, match=r"batch_size=\[0, 1\], expected values >= 1"):
+        design("flipout", [0, 1])
 
 
 def test_a_site_without_variance():
@@ -233,6 +265,10 @@ def test_plot():
         found.flipout.plot(only=["c"])
     with pytest.raises(ValueError, match='expected "site" or "parameter"'):
         found.flipout.plot(by="layer")
+    for bars in (-1, np.nan, "2"):
+        with pytest.raises(ValueError, match=f"bars={bars!r}, expected a finite number >= 0"):
+            found.flipout.plot(bars=bars)
+    assert len(found.flipout.plot(only="b").containers) == 3
 
 
 def test_accessor_decomposes():
