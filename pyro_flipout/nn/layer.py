@@ -19,6 +19,7 @@ from pyro_flipout.errors import ExampleDimError
 from pyro_flipout.nn.bayesian_module import BayesianModule, Sites, make_site_
 from pyro_flipout.nn.priors import IIDPrior
 from pyro_flipout.nn.site_prior import Prior, prior_of
+from pyro_flipout.plan.owner import Planned
 from pyro_flipout.poutine.flipout_messenger import (
     FlipoutMessenger,
     contradiction,
@@ -150,6 +151,7 @@ class LayerMessenger(FlipoutMessenger):
     call ends.
     """
 
+    _unowned = Planned("Flipout layers without a handler do not see what is observed")
     _layer: FlipoutLayer | None = None
     _before: tuple[Trace, Execution, dict[str, Tensor]] | None = None
     _to_check = 5  # executions, since a trace is held until the next one

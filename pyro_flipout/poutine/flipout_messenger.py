@@ -95,6 +95,7 @@ class FlipoutMessenger(Messenger):
 
     never_sets_values = True
     can_audit = True
+    _unowned: Planned = NOT_OWNED
 
     def __init__(
         self,
@@ -231,7 +232,7 @@ class FlipoutMessenger(Messenger):
         self._sites: set[str] = set()
         self._flipped: dict[str, Tensor] = {}  # those that are flipped, and their centres
         self._stack = NO_HANDLERS
-        self._planned: Planned = NOT_OWNED
+        self._planned = self._unowned
         self._trace: Callable[[], Any] = lambda: None
 
     # ----------------------------------------------------------------------- sites
@@ -351,6 +352,7 @@ class FlipoutMessenger(Messenger):
                 lambda: self._execution_of(name),
             )
             return
+        execution = self._execution_of(name)
         self.decisions[name] = self._planned.decision(name)
         self._flipped[name] = draw.center
         msg["value"] = flip(
@@ -358,7 +360,7 @@ class FlipoutMessenger(Messenger):
             draw.center,
             draw.delta,
             site=name,
-            execution=self._execution_of(name),
+            execution=execution,
             lead_dims=_particle_dims(msg),
         )
 
