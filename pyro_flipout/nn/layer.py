@@ -64,7 +64,7 @@ class FlipoutLayer(BayesianModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        FlipoutMessenger(example_dim=example_dim or 0)  # checks it
+        FlipoutMessenger(example_dim=example_dim)  # checks it
         self.example_dim = example_dim
         self._sites = Sites()
         self._shown = ", ".join(
@@ -173,7 +173,9 @@ class LayerMessenger(FlipoutMessenger):
 
     def _execution_of(self, name: str) -> Execution:
         if self._execution is None:
-            self._execution = Execution(0, self.on_missing_rule, self._share)
+            self._execution = Execution(None, self.on_missing_rule, self._share)
+        if self._layer is not None and self._layer.example_dim is not None:
+            self._execution.example_dim_given = True
         wish = None if self._layer is None else self._layer._wished_example_dim()
         if wish is None or wish == self._execution.example_dim:
             return self._execution

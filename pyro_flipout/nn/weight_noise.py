@@ -45,7 +45,7 @@ def weight_noise_(
     *,
     hide: Iterable[Pattern] | None = None,
     expose: Iterable[Pattern] | None = None,
-    example_dim: int = 0,
+    example_dim: int | None = None,
     flipout: bool = True,
     on_missing_rule: str = "warn",
 ) -> M:
@@ -69,7 +69,7 @@ def weight_noise_(
     :param hide: weights without noise: names of parameters or modules, in which ``*`` stands
         for anything, or module classes.
     :param expose: the only weights to consider, likewise.
-    :param example_dim: dimension of the data that counts the examples.
+    :param example_dim: dimension of the data that counts the examples, 0 by default.
     :param flipout: False for one draw that the mini-batch shares.
     :param on_missing_rule: what to do where flipout has no rule: ``"warn"`` and share the draw
         of that weight from then on, or ``"error"``.
