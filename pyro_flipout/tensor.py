@@ -515,6 +515,15 @@ class Term:
 # ----------------------------------------------------------------------- tensor
 
 
+def _view(attribute: Any) -> Any:
+    """An attribute of tensors whose assignment, other than torch's, is a call that can be seen."""
+
+    def assign(self: FlipoutTensor, value: Any) -> None:
+        _dispatch(attribute.__set__, (self, value), {})
+
+    return property(lambda self: attribute.__get__(self), assign)
+
+
 class FlipoutTensor(Tensor):
     """A weight with one pseudo-independent draw for each example of the mini-batch.
 
@@ -561,6 +570,9 @@ class FlipoutTensor(Tensor):
     def dim(self) -> int:
         """Number of dimensions of the weight."""
         return self._plain.dim()
+
+    real = _view(Tensor.real)
+    imag = _view(Tensor.imag)
 
     @property
     def lead_dims(self) -> int:

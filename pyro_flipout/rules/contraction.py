@@ -94,6 +94,7 @@ def is_weight(tensor: Any) -> bool:
     return (
         base is not None
         and tensor.dim() == 2
+        and tensor.layout is torch.strided
         and tensor.shape == base.shape[::-1]
         and (tensor.stride() == base.stride()[::-1] and is_weight(base))
     )
