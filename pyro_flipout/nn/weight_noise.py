@@ -90,12 +90,14 @@ def weight_noise_(
                     "flipout(model), or hide it"
                 )
     hook = hook_of(module) or WeightNoise(example_dim, on_missing_rule)
-    if (hook.example_dim, hook.on_missing_rule) != (example_dim, on_missing_rule):
+    if (hook.example_dim or 0, hook.on_missing_rule) != (example_dim or 0, on_missing_rule):
         raise ValueError(
             f"weight_noise_: got example_dim={example_dim}, on_missing_rule={on_missing_rule!r}, "
-            f"but the noise that {type(module).__name__} has was given {hook.example_dim} and "
+            f"but the noise that {type(module).__name__} has was given {hook.example_dim or 0} and "
             f"{hook.on_missing_rule!r}; one call has one of each"
         )
+    if hook.example_dim is None:
+        hook.example_dim = example_dim
     _refuse_twice(module, {use.name for each in chosen for use in each.uses})
     weights = [[(use.path, use.attr) for use in each.uses] for each in chosen]
     if not hook.noises:

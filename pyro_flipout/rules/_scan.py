@@ -142,7 +142,8 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> None:
         raise FlipoutError(
             "flipout: second derivatives of a recurrent layer with flipped weights are not "
-            "implemented; hide the layer's sites with flipout(hide=[...])"
+            "implemented; take them with torch.func, as in torch.func.hessian, or hide the layer's "
+            "sites with flipout(hide=[...])"
         )
 
 

@@ -51,7 +51,7 @@ CELLS: dict[Callable[..., Any], _cells.Cell] = {
     torch.rnn_relu_cell: _cells.RNN_RELU,
 }
 FLIPS = "outputs and inputs of every weight, every bias; the same signs at all steps"
-LIMITS = "no second derivatives; batched particles: no rule"
+LIMITS = "second derivatives with torch.func only; batched particles: no rule"
 
 queries(torch._cudnn_rnn_flatten_weight)  # nn.LSTM aligns its weights in memory
 
