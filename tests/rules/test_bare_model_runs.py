@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from pyro_flipout import ExampleDimError, FlipoutWarning, MissingRuleError, flipout
 from pyro_flipout.nn import weight_noise_
+from pyro_flipout.poutine import independent, local_reparameterization
 from pyro_flipout.tensor import FlipoutTensor
 from tests.helpers import Recording, bayesian
 
@@ -192,6 +193,20 @@ def test_sparse_data(name, layout):
         pytest.skip("torch has no such product of this layout")
     words = "no flipout rule" if name == "torch.sparse.mm" else r"data are sparse \(torch.sparse_"
     check_shared(PRODUCTS[name], x, words=words)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS[RC] tensor support is in beta")
+@pytest.mark.parametrize("layout", SPARSE.values(), ids=SPARSE)
+@pytest.mark.parametrize("estimator", [independent, local_reparameterization])
+def test_sparse_data_of_other_estimators(estimator, layout):
+    x = layout(torch.eye(N, 4))
+    if estimator is local_reparameterization and x.layout == torch.sparse_coo:
+        out = estimator(PRODUCTS["F.linear"])(x)  # squares and products are all it needs
+        assert out.shape == (N, 3)
+        return
+    with pytest.warns(FlipoutWarning, match=r"the data are sparse"):
+        out = estimator(PRODUCTS["F.linear"])(x)
+    assert out.shape == (N, 3)
 
 
 def test_sparse_data_and_a_flipped_summand():
