@@ -75,7 +75,8 @@ def find_examples(weight: FlipoutTensor, data: Tensor, used: Sequence[int], name
     :raises ExampleDimError: if it is used up and ``example_dim`` was given.
     """
     execution = weight.execution
-    check_layout(data)
+    if data.is_nested or data.layout is not torch.strided:
+        check_layout(data)
     shape, dim = data.shape, execution.example_dim
     if dim not in used and dim < len(shape):
         if shape[dim] != execution.num_examples:  # else the words are for nobody
