@@ -16,8 +16,10 @@ from torch import Tensor
 __all__ = [
     "as_subclass",
     "autocast",
+    "forward_mode",
     "fused",
     "graphed",
+    "has_own_gradients",
     "looked_at",
     "recorded",
     "recording",
@@ -40,6 +42,16 @@ def autocast(*tensors: Tensor | None) -> list[Any]:
 def transformed() -> bool:
     """Whether ``torch.func`` transforms the program, which it cannot do with our own gradients."""
     return torch._C._are_functorch_transforms_active()
+
+
+def forward_mode() -> bool:
+    """Whether tangents are computed (``torch.autograd.forward_ad``), which our gradients lack."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def has_own_gradients() -> bool:
+    """Whether products and recurrent layers may use gradients of their own."""
+    return not (transformed() or forward_mode())
 
 
 class _Recording(threading.local):

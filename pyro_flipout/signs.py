@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from pyro_flipout import kernels
-from pyro_flipout._modes import transformed
+from pyro_flipout._modes import has_own_gradients, transformed
 
 __all__ = [
     "MAX_EXAMPLES",
@@ -480,7 +480,7 @@ def flip_signs(x: Tensor, signs: Signs, example_dim: int, dim: int) -> Tensor:
     tensor([[ 1., -1.,  1.],
             [ 1., -1., -1.]])
     """
-    if transformed():
+    if not has_own_gradients():
         sizes = [n if d in (example_dim, dim) else 1 for d, n in enumerate(x.shape)]
         return x * signs.times(torch.ones(sizes, dtype=x.dtype, device=x.device), example_dim, dim)
     if not (x.requires_grad and torch.is_grad_enabled()):

@@ -74,6 +74,13 @@ class NotExamples(Exception):
     """Raised inside a rule: the data do not carry the execution's examples."""
 
 
+class NoExampleDim(NotExamples):
+    """Raised inside a rule: no dimension of the data can count examples.
+
+    A single example sees the shared draw anyway, and needs no warning.
+    """
+
+
 # --------------------------------------------------------------------- registry
 
 
@@ -141,7 +148,15 @@ def queries(*ops: Callable[..., Any]) -> None:
 
 def _is_query(op: Callable[..., Any]) -> bool:
     # Attribute reads such as `w.shape` arrive as `torch.Tensor.shape.__get__`.
-    return op in _QUERIES or getattr(op, "__name__", "") in ("__get__", "__set__")
+    if op in _QUERIES:
+        return True
+    if getattr(op, "__name__", "") not in ("__get__", "__set__"):
+        return False
+    return getattr(op, "__self__", None) not in _VIEWS
+
+
+_VIEWS = (Tensor.real, Tensor.imag)
+"""Attributes that are no questions, but views with a gradient: `w.real = x` changes the weight."""
 
 
 # -------------------------------------------------------------------- execution
@@ -191,7 +206,8 @@ class _Given(_Codes):
 class Execution:
     """One execution of a model: its examples, and what befell its flipped weights.
 
-    :param example_dim: dimension of the data that counts the examples.
+    :param example_dim: dimension of the data that counts the examples; dimension 0 if omitted,
+        and then data without it leave a weight shared, which is an error if it was given.
     :param on_missing_rule: ``"warn"`` or ``"error"``.
     :param on_shared: called with ``(site, reason)`` when a site of this execution
         falls back to its shared draw. The default warns.
@@ -206,12 +222,13 @@ class Execution:
 
     def __init__(
         self,
-        example_dim: int = 0,
+        example_dim: int | None = None,
         on_missing_rule: str = "warn",
         on_shared: Callable[[str, str], None] | None = None,
         group_size: int = 1,
     ) -> None:
-        self.example_dim = example_dim
+        self.example_dim = example_dim or 0
+        self.example_dim_given = example_dim is not None
         self.on_missing_rule = on_missing_rule
         self._group_size = int(group_size)
         self.num_examples: int | None = None
@@ -639,6 +656,15 @@ class Term:
 # ----------------------------------------------------------------------- tensor
 
 
+def _view(attribute: Any) -> Any:
+    """An attribute of tensors whose assignment, other than torch's, is a call that can be seen."""
+
+    def assign(self: FlipoutTensor, value: Any) -> None:
+        _dispatch(attribute.__set__, (self, value), {})
+
+    return property(lambda self: attribute.__get__(self), assign)
+
+
 class FlipoutTensor(Tensor):
     """A weight with one pseudo-independent draw for each example of the mini-batch.
 
@@ -685,6 +711,9 @@ class FlipoutTensor(Tensor):
     def dim(self) -> int:
         """Number of dimensions of the weight."""
         return self._plain.dim()
+
+    real = _view(Tensor.real)
+    imag = _view(Tensor.imag)
 
     @property
     def lead_dims(self) -> int:
@@ -819,6 +848,8 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         _missing_rule(describe(func), why.weights or flipped, str(why))
         if why.weights:
             return _dispatch(func, args, kwargs)
+    except NoExampleDim as why:
+        _share_unless_single(flipped, f"in {describe(func)}, {why}")
     except NotExamples as why:
         _share(flipped, f"in {describe(func)}, {why}")
     return func(*unwrap(args), **unwrap(kwargs))
@@ -1018,8 +1049,8 @@ def _share(flipped: Sequence[FlipoutTensor], reason: str) -> None:
 
 
 def _missing_rule(name: str, flipped: Sequence[FlipoutTensor], reason: str) -> None:
-    if all(w.execution.is_single for w in flipped):
-        return  # one example sees the shared draw, whatever the operation
+    if _are_single(flipped):
+        return
     site = " and ".join(dict.fromkeys(w.site for w in flipped))
     remedy = "register a rule with pyro_flipout.implements, or hide it with flipout(hide=[...])"
     if any(draw.site in w.execution.picked for w in flipped for draw in w.draws):
@@ -1039,6 +1070,21 @@ def _missing_rule(name: str, flipped: Sequence[FlipoutTensor], reason: str) -> N
     _share(flipped, message)
 
 
+def _share_unless_single(flipped: Sequence[FlipoutTensor], reason: str) -> None:
+    if _are_single(flipped):
+        return
+    if all(w.execution.may_be_single for w in flipped):
+        for weight in flipped:
+            _hold(weight.execution, list(weight.draws), reason, None)
+        return
+    _share(flipped, reason)
+
+
+def _are_single(flipped: Sequence[FlipoutTensor]) -> bool:
+    """Whether one example sees the shared draw, whatever the operation."""
+    return all(w.execution.is_single for w in flipped)
+
+
 def _hold(
     execution: Execution, draws: Sequence[Draw], reason: str, error: Exception | None
 ) -> None:
@@ -1052,12 +1098,43 @@ def _hold(
     execution.hold(draws, tell)
 
 
-def example_dim_error(weight: FlipoutTensor, name: str, shape: Sequence[int]) -> ExampleDimError:
-    """The error for data whose ``example_dim`` is not free to count examples."""
-    dim = weight.execution.example_dim
-    return ExampleDimError(
-        f"flipout: site '{weight.site}' in {name} met data of shape {tuple(shape)}, whose "
-        f"dimension {dim} is used up by the weight and cannot count the examples; "
-        f"you said example_dim={dim}: set it to the dimension that does, or move the examples "
-        "there; a constant is told from data by torch.nn.Parameter(..., requires_grad=False)"
+def example_dim_error(
+    weight: FlipoutTensor, name: str, shape: Sequence[int]
+) -> ExampleDimError | NoExampleDim:
+    """What to raise for data whose ``example_dim`` is not free to count examples.
+
+    :returns: an error if ``example_dim`` was given, else the reason to leave the weight shared.
+    """
+    execution, dim = weight.execution, weight.execution.example_dim
+    if execution.example_dim_given:
+        return ExampleDimError(
+            f"flipout: site '{weight.site}' in {name} met data of shape {tuple(shape)}, whose "
+            f"dimension {dim} is used up by the weight and cannot count the examples; "
+            f"you said example_dim={dim}: set it to the dimension that does, or move the examples "
+            f"there; {_CONSTANT}"
+        )
+    return NoExampleDim(
+        f"dimension {dim} of data of shape {tuple(shape)} is used up by the weight and cannot "
+        f"count the examples; move them there, as in x @ w.T in place of (w @ x.T).T, or set "
+        f"example_dim to the dimension that counts them; {_CONSTANT}"
     )
+
+
+_CONSTANT = "a constant is told from data by torch.nn.Parameter(..., requires_grad=False)"
+
+
+def why_not_flippable(value: Tensor) -> str | None:
+    """The reason why a value cannot be a flipped weight, whatever its distribution.
+
+    :param value: the shared draw.
+    """
+    kind = type(value)
+    if value.is_meta:
+        return f"its value is on the meta device and has no numbers{_SHAPES}"
+    if kind is Tensor or kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return None
+    why = f"its value is a {kind.__name__}, a subclass that runs torch's operations in its own way"
+    return why + _SHAPES if kind.__name__ == "FakeTensor" else why
+
+
+_SHAPES = "; shapes are those of a flipped weight, and memory is that of a shared draw"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flipout._modes import recorded, transformed
+from pyro_flipout._modes import has_own_gradients, recorded
 from pyro_flipout.errors import warn
 
 __all__ = ["available", "flipped_linear", "possible", "signs_available"]
@@ -187,7 +187,7 @@ def _transformed() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or transformed()
+        or not has_own_gradients()
         or recorded()
     )
 

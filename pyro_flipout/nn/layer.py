@@ -70,7 +70,7 @@ class FlipoutLayer(BayesianModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        FlipoutMessenger(example_dim=example_dim or 0)  # checks it
+        FlipoutMessenger(example_dim=example_dim)  # checks it
         self.example_dim = example_dim
         self._sites = Sites()
         self._shown = ", ".join(
@@ -189,6 +189,8 @@ class LayerMessenger(FlipoutMessenger):
             if recorder is not None and self._to_check:
                 self._to_check -= 1
                 self._before = recorder.trace, self._execution, self._flipped
+        if self._layer is not None and self._layer.example_dim is not None:
+            self._execution.example_dim_given = True
         wish = None if self._layer is None else self._layer._wished_example_dim()
         if wish is None or wish == self._execution.example_dim:
             return self._execution

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flipout.errors import warn
-from pyro_flipout.tensor import Execution, flip
+from pyro_flipout.tensor import Execution, flip, why_not_flippable
 
 __all__ = ["NOISE", "Noise", "WeightNoise", "hook_of", "put_weight"]
 
@@ -68,13 +68,15 @@ class WeightNoise:
     it before torch looks among the parameters. Those are never touched.
     """
 
-    def __init__(self, example_dim: int, on_missing_rule: str) -> None:
+    def __init__(self, example_dim: int | None, on_missing_rule: str) -> None:
         if on_missing_rule not in ("warn", "error"):
             raise ValueError(
                 f"weight_noise_: got on_missing_rule={on_missing_rule!r}, expected 'warn' or "
                 "'error'"
             )
-        if isinstance(example_dim, bool) or not isinstance(example_dim, int) or example_dim < 0:
+        if example_dim is not None and (
+            isinstance(example_dim, bool) or not isinstance(example_dim, int) or example_dim < 0
+        ):
             raise ValueError(
                 f"weight_noise_: got example_dim={example_dim!r}, expected an integer >= 0"
             )
@@ -82,6 +84,7 @@ class WeightNoise:
         self.on_missing_rule = on_missing_rule
         self.noises: list[Noise] = []
         self._shared: set[str] = set()
+        self._told: set[str] = set()
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Draws, before the forward call."""
@@ -114,11 +117,18 @@ class WeightNoise:
             return  # an outer call has done it
         delta = NOISE[noise.kind](weight, noise)
         noisy = weight + delta
-        if noise.flipout and name not in self._shared:
+        if noise.flipout and name not in self._shared and self._can_flip(noisy):
             noisy = flip(noisy, weight, delta, site=name, execution=execution)
         for owner, attr in owners:
             if attr not in vars(owner):
                 put_weight(owner, attr, noisy, undo)
+
+    def _can_flip(self, noisy: Tensor) -> bool:
+        reason = why_not_flippable(noisy)
+        if reason is not None and reason not in self._told:
+            self._told.add(reason)
+            warn(f"weights keep their shared noise in this call: {reason}")
+        return reason is None
 
     def _share(self, site: str, reason: str) -> None:
         self._shared.add(site)

@@ -45,7 +45,7 @@ def weight_noise_(
     *,
     hide: Iterable[Pattern] | None = None,
     expose: Iterable[Pattern] | None = None,
-    example_dim: int = 0,
+    example_dim: int | None = None,
     flipout: bool = True,
     on_missing_rule: str = "warn",
 ) -> M:
@@ -69,7 +69,7 @@ def weight_noise_(
     :param hide: weights without noise: names of parameters or modules, in which ``*`` stands
         for anything, or module classes.
     :param expose: the only weights to consider, likewise.
-    :param example_dim: dimension of the data that counts the examples.
+    :param example_dim: dimension of the data that counts the examples, 0 by default.
     :param flipout: False for one draw that the mini-batch shares.
     :param on_missing_rule: what to do where flipout has no rule: ``"warn"`` and share the draw
         of that weight from then on, or ``"error"``.
@@ -90,12 +90,14 @@ def weight_noise_(
                     "flipout(model), or hide it"
                 )
     hook = hook_of(module) or WeightNoise(example_dim, on_missing_rule)
-    if (hook.example_dim, hook.on_missing_rule) != (example_dim, on_missing_rule):
+    if (hook.example_dim or 0, hook.on_missing_rule) != (example_dim or 0, on_missing_rule):
         raise ValueError(
             f"weight_noise_: got example_dim={example_dim}, on_missing_rule={on_missing_rule!r}, "
-            f"but the noise that {type(module).__name__} has was given {hook.example_dim} and "
+            f"but the noise that {type(module).__name__} has was given {hook.example_dim or 0} and "
             f"{hook.on_missing_rule!r}; one call has one of each"
         )
+    if hook.example_dim is None:
+        hook.example_dim = example_dim
     _refuse_twice(module, {use.name for each in chosen for use in each.uses})
     weights = [[(use.path, use.attr) for use in each.uses] for each in chosen]
     if not hook.noises:

@@ -152,7 +152,7 @@ def _why_not() -> str:
 def _options(handler: FlipoutMessenger) -> Any:
     return (
         type(handler),
-        handler.example_dim,
+        handler._example_dim,
         handler.group_size,
         handler.hide,
         handler.expose,

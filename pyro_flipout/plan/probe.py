@@ -71,7 +71,7 @@ class Probe:
     draws: dict[str, Draw] = field(default_factory=dict)
 
     def execution(
-        self, example_dim: int, on_missing_rule: str, group_size: int
+        self, example_dim: int | None, on_missing_rule: str, group_size: int
     ) -> Execution:
         """An execution of this run, whose examples are known."""
         made = Execution(example_dim, "warn", self._share, group_size)

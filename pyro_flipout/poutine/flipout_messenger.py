@@ -43,7 +43,14 @@ from pyro_flipout.poutine.symmetric_draw import (
     replayed_site,
     without_events,
 )
-from pyro_flipout.tensor import Draw, Execution, FlipoutTensor, batched, flip
+from pyro_flipout.tensor import (
+    Draw,
+    Execution,
+    FlipoutTensor,
+    batched,
+    flip,
+    why_not_flippable,
+)
 
 __all__ = ["FlipoutMessenger"]
 
@@ -72,7 +79,9 @@ class FlipoutMessenger(Messenger):
     leaves a site alone.
 
     :param int example_dim: dimension of the *data* that counts the examples; 1 for
-        time-major models.
+        time-major models. By default dimension 0. Data that do not have it free, as ``x.T`` in
+        ``w @ x.T``, leave the weight shared with a warning then, and raise
+        :class:`~pyro_flipout.ExampleDimError` if ``example_dim`` is given.
     :param hide: names of sites to leave alone.
     :param expose: names of the only sites to consider.
     :param hide_fn: function of a site that returns True to leave it alone.
@@ -99,7 +108,7 @@ class FlipoutMessenger(Messenger):
 
     def __init__(
         self,
-        example_dim: int = 0,
+        example_dim: int | None = None,
         hide: Iterable[str] | None = None,
         expose: Iterable[str] | None = None,
         hide_fn: SiteFn | None = None,
@@ -109,16 +118,13 @@ class FlipoutMessenger(Messenger):
         audit: bool = True,
     ) -> None:
         super().__init__()
-        if not _is_integer(example_dim) or example_dim < 0:
-            raise ValueError(
-                f"flipout: got example_dim={example_dim!r}, expected an integer >= 0, counted from "
-                "the left of the data: 0 for (N, ...), 1 for time-major (T, N, ...)"
-            )
         if on_missing_rule not in ("warn", "error"):
             raise ValueError(
                 f'flipout: got on_missing_rule={on_missing_rule!r}, expected "warn" or "error"'
             )
-        self.example_dim = int(example_dim)
+        self._example_dim: int | None = None
+        if example_dim is not None:
+            self.example_dim = example_dim
         self.group_size = group_size
         self.on_missing_rule = on_missing_rule
         self.hide = _names("hide", hide)
@@ -138,6 +144,20 @@ class FlipoutMessenger(Messenger):
         self._joint: dict[str, NoDraw] = {}
         self._most_examples = 0
         self._forget()
+
+    @property
+    def example_dim(self) -> int:
+        """Dimension of the data that counts the examples."""
+        return self._example_dim or 0
+
+    @example_dim.setter
+    def example_dim(self, example_dim: int) -> None:
+        if not _is_integer(example_dim) or example_dim < 0:
+            raise ValueError(
+                f"flipout: got example_dim={example_dim!r}, expected an integer >= 0, counted from "
+                "the left of the data: 0 for (N, ...), 1 for time-major (T, N, ...)"
+            )
+        self._example_dim = int(example_dim)
 
     @property
     def group_size(self) -> int:
@@ -166,11 +186,13 @@ class FlipoutMessenger(Messenger):
             )
 
     def __repr__(self) -> str:
-        options = {
+        options: dict[str, Any] = {
             name: getattr(self, name)
-            for name in ("example_dim", "hide", "expose", "hide_fn", "expose_fn")
+            for name in ("hide", "expose", "hide_fn", "expose_fn")
             if getattr(self, name)
         }
+        if self._example_dim is not None:
+            options = {"example_dim": self._example_dim, **options}
         if self.group_size > 1:
             options["group_size"] = self.group_size
         options["on_missing_rule"] = self.on_missing_rule
@@ -293,6 +315,9 @@ class FlipoutMessenger(Messenger):
                 return NoDraw(f"it is local to the plate '{plates[0]}'")
             if _is_discrete(msg["fn"]):
                 return NoDraw("it is discrete")
+        reason = why_not_flippable(msg["value"])
+        if reason is not None:
+            return NoDraw(reason, tell=True, source=reason)
         found = self._remembered(name, find_symmetric_draw(msg, named, self._stack))
         if wish and isinstance(found, NoDraw) and found.tell:
             raise FlipoutError(
@@ -383,7 +408,7 @@ class FlipoutMessenger(Messenger):
         return self._execution
 
     def _new_execution(self) -> Execution:
-        options = self.example_dim, self.on_missing_rule
+        options = self._example_dim, self.on_missing_rule
         if self._probe is not None:
             return self._probe.execution(*options, self.group_size)
         execution = Execution(*options, self._share, self.group_size)

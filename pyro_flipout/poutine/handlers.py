@@ -28,7 +28,7 @@ Fn = TypeVar("Fn", bound=Callable[..., Any])
 def flipout(
     fn: None = ...,
     *,
-    example_dim: int = ...,
+    example_dim: int | None = ...,
     hide: Iterable[str] | None = ...,
     expose: Iterable[str] | None = ...,
     hide_fn: SiteFn | None = ...,
@@ -43,7 +43,7 @@ def flipout(
 def flipout(
     fn: Fn,
     *,
-    example_dim: int = ...,
+    example_dim: int | None = ...,
     hide: Iterable[str] | None = ...,
     expose: Iterable[str] | None = ...,
     hide_fn: SiteFn | None = ...,

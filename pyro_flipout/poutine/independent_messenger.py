@@ -18,6 +18,7 @@ from pyro_flipout.poutine._own_draws import (
     OwnDrawsTensor,
     transposes,
 )
+from pyro_flipout.rules._product import check_layout
 from pyro_flipout.tensor import FlipoutTensor, NoRule
 
 __all__ = ["IndependentMessenger", "IndependentTensor"]
@@ -77,6 +78,7 @@ def _over_examples(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     dim = execution.example_dim
     if isinstance(data, FlipoutTensor) or not isinstance(data, Tensor):
         raise NoRule("the data must be its first argument, and plain")
+    check_layout(data)
     if data.dim() <= dim:
         raise NoRule(f"data of shape {tuple(data.shape)} have no dimension {dim} of examples")
     execution.count(data.size(dim), f"data of shape {tuple(data.shape)}")

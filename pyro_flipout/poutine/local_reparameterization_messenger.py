@@ -21,6 +21,7 @@ from pyro_flipout.poutine._own_draws import (
     transposes,
 )
 from pyro_flipout.poutine.symmetric_draw import SymmetricDraw
+from pyro_flipout.rules._product import check_layout
 from pyro_flipout.tensor import FlipoutTensor, NoRule, describe
 
 __all__ = ["LocalReparameterizationMessenger", "LocallyReparameterized"]
@@ -168,6 +169,8 @@ def _plain(weight: Any) -> Any:
 def _check_data(data: Any) -> None:
     if not isinstance(data, Tensor) or isinstance(data, FlipoutTensor):
         raise NoRule("it is for a weight that meets data, not numbers or other weights")
+    if data.layout is not torch.sparse_coo:  # which has squares and products
+        check_layout(data)
     if data.dim() != 2:
         raise NoRule(
             f"data of shape {tuple(data.shape)}, not (N, in), meet the weight several times in "

@@ -48,6 +48,15 @@ class Cell:
         """
         raise NotImplementedError
 
+    def step(
+        self, gates: Tensor, hidden: Tensor, h: Tensor, c: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Makes a step as :meth:`forward`, but nothing in place.
+
+        :returns: the state and the cell state after the step.
+        """
+        raise NotImplementedError
+
     def backward(
         self,
         dh: Tensor,
@@ -91,6 +100,14 @@ class _LSTM(Cell):
         c.mul_(f).addcmul_(i, g)
         torch.tanh(c, out=tanh_c)
         return torch.mul(o, tanh_c)
+
+    def step(
+        self, gates: Tensor, hidden: Tensor, h: Tensor, c: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        assert c is not None
+        i, f, g, o = gates.split(c.size(1), 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
 
     def backward(
         self,
@@ -140,6 +157,14 @@ class _GRU(Cell):
         n.addcmul_(r, hidden_n).tanh_()
         return torch.lerp(n, h, z)
 
+    def step(
+        self, gates: Tensor, hidden: Tensor, h: Tensor, c: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        (r, z, n), (hidden_r, hidden_z, hidden_n) = gates.chunk(3, 1), hidden.chunk(3, 1)
+        z = (z + hidden_z).sigmoid()
+        n = (n + (r + hidden_r).sigmoid() * hidden_n).tanh()
+        return n + z * (h - n), c
+
     def backward(
         self,
         dh: Tensor,
@@ -176,6 +201,11 @@ class _RNN(Cell):
         self, gates: Tensor, hidden: Tensor, h: Tensor, c: Tensor | None, *saved: Tensor
     ) -> Tensor:
         return gates.relu_() if self.relu else gates.tanh_()
+
+    def step(
+        self, gates: Tensor, hidden: Tensor, h: Tensor, c: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return gates.relu() if self.relu else gates.tanh(), c
 
     def backward(
         self,

@@ -10,7 +10,8 @@ state there, and one that has not begun its first, in both directions of time.
 
 Steps are taken in blocks. The input products of a block are formed before its steps, and the
 gradients of the weights after them, as one product each; what is needed in between stays in the
-cache and is not kept.
+cache and is not kept. Where torch differentiates it in another way than backwards, once, it is
+:func:`run_unrolled`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from pyro_flipout.rules._cells import Cell
 from pyro_flipout.rules._signed import Part, Product, SignPair, StepProduct
 
-__all__ = ["Backward", "Plan", "run_forward"]
+__all__ = ["Backward", "Plan", "run_forward", "run_unrolled"]
 
 BLOCK_ROWS = 1024
 """Rows of a block; smaller products are slower, larger ones leave the cache."""
@@ -99,6 +100,35 @@ def run_forward(
                 h_after.copy_(new)
             h[:n] = h_after
     return after, h, c, gates, before, *saved
+
+
+def run_unrolled(
+    plan: Plan,
+    x: Tensor,
+    b_ih: Tensor,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    *matrices: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """The same step by step with nothing in place, for derivatives in any mode.
+
+    :returns: output ``(rows, P)``, last state, last cell state.
+    """
+    from_input, from_state, *projection = plan.products(matrices)
+    h, c, out = h0, c0, []
+    for n, rows in plan.steps(plan.sizes, x):
+        gates = from_input.of(rows.to(h.dtype)) + b_ih[:n]
+        hidden = from_state.of(h[:n])
+        if b_hh is None:
+            gates = hidden = gates + hidden
+        else:
+            hidden = hidden + b_hh[:n]
+        new, new_c = plan.cell.step(gates, hidden, h[:n], None if c is None else c[:n])
+        out.append(projection[0].of(new) if projection else new)
+        h = torch.cat([out[-1], h[n:]])
+        c = None if c is None or new_c is None else torch.cat([new_c, c[n:]])
+    return torch.cat(out[::-1] if plan.reverse else out), h, c
 
 
 class Backward:

@@ -23,7 +23,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from pyro_flipout._modes import autocast, transformed
+from pyro_flipout._modes import autocast, has_own_gradients
 from pyro_flipout.rules._explicit import Explicit, plan_explicit
 from pyro_flipout.rules._fused_product import apply_flipped
 from pyro_flipout.rules._kernel import Bias, Kernel, Placed
@@ -31,6 +31,7 @@ from pyro_flipout.signs import flip_signs
 from pyro_flipout.tensor import (
     Execution,
     FlipoutTensor,
+    NoExampleDim,
     NoRule,
     NotExamples,
     Term,
@@ -49,6 +50,20 @@ NESTED = (
 )
 
 
+def check_layout(data: Tensor) -> None:
+    """Refuses data that signs cannot multiply.
+
+    :raises NotExamples: if they are nested.
+    :raises NoExampleDim: if they are sparse.
+    """
+    if data.is_nested:
+        raise NotExamples(NESTED)
+    if data.layout is not torch.strided:
+        raise NoExampleDim(
+            f"the data are sparse ({data.layout}), and signs are for dense data; pass x.to_dense()"
+        )
+
+
 def find_examples(weight: FlipoutTensor, data: Tensor, used: Sequence[int], name: str) -> int:
     """Finds the dimension of ``data`` that counts the examples, and counts them.
 
@@ -56,11 +71,12 @@ def find_examples(weight: FlipoutTensor, data: Tensor, used: Sequence[int], name
     :returns: the dimension, ``example_dim`` unless that is used up and dimension 0 has
         the known number of examples (a time-major model after taking its last step).
     :raises NotExamples: if ``data`` have no free dimension or another number of rows.
-    :raises ExampleDimError: if ``example_dim`` is used up.
+    :raises NoExampleDim: if they are sparse, or if dimension 0 is used up.
+    :raises ExampleDimError: if it is used up and ``example_dim`` was given.
     """
     execution = weight.execution
-    if data.is_nested:
-        raise NotExamples(NESTED)
+    if data.is_nested or data.layout is not torch.strided:
+        check_layout(data)
     shape, dim = data.shape, execution.example_dim
     if dim not in used and dim < len(shape):
         if shape[dim] != execution.num_examples:  # else the words are for nobody
@@ -78,6 +94,8 @@ def find_examples(weight: FlipoutTensor, data: Tensor, used: Sequence[int], name
             "vectorize_particles=False"
         )
     if not (0 in free and shape[0] == execution.num_examples):
+        if all(shape[dim] == 1 for dim in free):
+            execution.perhaps_one = True
         raise example_dim_error(weight, name, shape)
     return 0
 
@@ -128,7 +146,7 @@ def flipped_product(
         return _of_center(apply, kernel, data, weight.plain, bias if bias is None else plain(bias))
     out_example_dim = example_dim if out_example_dim is None else out_example_dim
     out: Tensor | None = None
-    fused = None if transformed() else kernel
+    fused = kernel if has_own_gradients() and not data.is_complex() else None
     for term in weight.terms:
         into_data, into_out = _route(term, data_dims, out_dims)
         before = _place(weight.execution, into_data, data, example_dim, groups)

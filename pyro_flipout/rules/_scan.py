@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_flipout._modes import has_own_gradients
 from pyro_flipout.errors import FlipoutError
 from pyro_flipout.rules._cells import Cell
-from pyro_flipout.rules._loop import Backward, Plan, run_forward
+from pyro_flipout.rules._loop import Backward, Plan, run_forward, run_unrolled
 from pyro_flipout.rules._signed import explicit_bias, matrices_of
 
 __all__ = ["Scan", "scan"]
@@ -54,8 +55,14 @@ def scan(
     plan = Plan(cell, sizes, reverse, [pairs for _, pairs in split])
     matrices = [matrix for part in split for matrix in part[0]]
     c0 = states[1] if len(states) > 1 else None
-    out, *ends = Scan.apply(plan, rows, *both, states[0], c0, *matrices)  # type: ignore[no-untyped-call]
+    run = Scan.apply if has_own_gradients() else _unrolled
+    out, *ends = run(plan, rows, *both, states[0], c0, *matrices)
     return out, *ends[: len(states)]
+
+
+def _unrolled(plan: Plan, x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    with torch.autocast(x.device.type, enabled=False):
+        return run_unrolled(plan, x, *args)
 
 
 class Scan(torch.autograd.Function):
@@ -135,7 +142,8 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> None:
         raise FlipoutError(
             "flipout: second derivatives of a recurrent layer with flipped weights are not "
-            "implemented; hide the layer's sites with flipout(hide=[...])"
+            "implemented; take them with torch.func, as in torch.func.hessian, or hide the layer's "
+            "sites with flipout(hide=[...])"
         )
 
 

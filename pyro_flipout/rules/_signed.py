@@ -123,7 +123,7 @@ class Part:
 
 
 class Product:
-    r"""The map :math:`x_n \mapsto \sum_k r_{nk} \circ D_k (s_{nk} \circ x_n)`, without autograd."""
+    r"""The map :math:`x_n \mapsto \sum_k r_{nk} \circ D_k (s_{nk} \circ x_n)`."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
@@ -132,6 +132,17 @@ class Product:
     def transpose(self) -> Product:
         """The map of gradients, from those of the results to those of the data."""
         return Product([Part(p.matrix.t(), p.after, p.before) for p in self.parts])
+
+    def of(self, x: Tensor) -> Tensor:
+        """The results ``(n, out)`` for the data ``(n, in)`` of one step, with autograd."""
+        total: Tensor | None = None
+        for part in self.parts:
+            y = x if part.before is None else x * part.before[: len(x)]
+            y = (y.to(part.matrix.dtype) @ part.matrix).to(x.dtype)
+            y = y if part.after is None else y * part.after[: len(x)]
+            total = y if total is None else total + y
+        assert total is not None, "a product has its centre"
+        return total
 
     def put_block(self, y: Tensor, x: Tensor, sizes: Sequence[int]) -> None:
         """Sets ``y`` ``(rows, out)`` to the results for the data ``x`` of several steps."""

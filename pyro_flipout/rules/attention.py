@@ -136,9 +136,14 @@ def _count_examples(weights: tuple[Tensor | None, ...], query: Tensor) -> None:
             if dim == 0
             else f"set flipout(example_dim=0), since example_dim={dim} counts time here"
         )
-        raise ExampleDimError(
-            f"flipout: site '{weight.site}' {seen}, but this execution has {known} examples, "
-            f"counted in dimension {dim} of its data, which attention takes for time; {remedy}"
+        message = (
+            f"this execution has {known} examples, counted in dimension {dim} of its data, which "
+            f"attention takes for time; {remedy}"
+        )
+        if execution.example_dim_given:
+            raise ExampleDimError(f"flipout: site '{weight.site}' {seen}, but {message}")
+        raise NotExamples(
+            f"the query of shape {shape} is (time, examples, features), but {message}"
         )
     execution.count(query.size(EXAMPLE_DIM), f"query of shape {shape}")
 

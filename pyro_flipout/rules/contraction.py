@@ -94,6 +94,7 @@ def is_weight(tensor: Any) -> bool:
     return (
         base is not None
         and tensor.dim() == 2
+        and tensor.layout is torch.strided
         and tensor.shape == base.shape[::-1]
         and (tensor.stride() == base.stride()[::-1] and is_weight(base))
     )
@@ -149,7 +150,8 @@ def contract(
     elif alone and len(own) == weight.dim() == 2 and not weight.execution.is_single:
         # As a dense layer, if it is one: that has a gradient of its own.
         at = weight_names.find(data_names[-1])
-        if at >= 0 and out == data_names[:-1] + weight_names[1 - at]:
+        fits = at >= 0 and weight.size(at) == data.size(-1)  # torch.tensordot may broadcast
+        if fits and out == data_names[:-1] + weight_names[1 - at]:
             return F.linear(data, weight if at == 1 else weight.t())
     return flipped_product(
         weight,

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_flipout.errors import ExampleDimError
-from pyro_flipout.rules._product import per_example
+from pyro_flipout.rules._product import check_layout, per_example
 from pyro_flipout.rules.shape import align, common_lead, expand_weight, map_values, repeats
 from pyro_flipout.tensor import (
     FlipoutTensor,
+    NoExampleDim,
     NoRule,
     Term,
     example_dim_error,
@@ -34,6 +35,7 @@ def example_dim_of(weight: FlipoutTensor, other: Any) -> int | None:
     """Dimension of the result that counts the examples; ``None`` if ``other`` is no data."""
     if not isinstance(other, Tensor) or isinstance(other, (FlipoutTensor, torch.nn.Parameter)):
         return None
+    check_layout(other)
     shape = torch.broadcast_shapes(weight.shape, other.shape)
     execution = weight.execution
     if execution.constants:
@@ -91,7 +93,7 @@ def _explicit(weight: FlipoutTensor, ndim: int, dim: int) -> Tensor:
     return per_example(weight, ndim, dim)
 
 
-def _sum(a: Any, b: Any, plain: Tensor, sign: float) -> FlipoutTensor:
+def _sum(a: Any, b: Any, plain: Tensor, sign: complex) -> FlipoutTensor:
     """The flipped weight ``a + sign * b``; ``plain`` is its shared draw."""
     terms: list[Term] = []
     center: Any = 0.0
@@ -252,7 +254,7 @@ def _dim_of_choice(condition: Any, a: Any, b: Any) -> int | None:
         return None  # the condition has the examples, or more of them
     try:
         return example_dim_of(weight, data)
-    except ExampleDimError:
+    except (ExampleDimError, NoExampleDim):
         return None
 
 
@@ -311,6 +313,18 @@ def in_place(op: Callable[..., Tensor], input: Any, other: Any, **kwargs: Any) -
     if dim is None:
         raise NoRule("the tensor changed in place has no example dimension")
     return op(a, _explicit(b, a.dim(), dim), **kwargs)
+
+
+@implements(
+    torch.complex,
+    flips="against data every entry of the weight; else a flipped weight again",
+)
+def complex_of(op: Callable[..., Tensor], real: Tensor, imag: Tensor) -> Tensor:
+    if not (isinstance(real, FlipoutTensor) and isinstance(imag, FlipoutTensor)):
+        out = _against_data(op, real, imag)
+        if out is not None:
+            return out
+    return _sum(real, imag, op(_plain(real), _plain(imag)), 1j)
 
 
 @implements(

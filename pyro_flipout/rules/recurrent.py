@@ -51,7 +51,7 @@ CELLS: dict[Callable[..., Any], _cells.Cell] = {
     torch.rnn_relu_cell: _cells.RNN_RELU,
 }
 FLIPS = "outputs and inputs of every weight, every bias; the same signs at all steps"
-LIMITS = "no second derivatives; batched particles: no rule"
+LIMITS = "second derivatives with torch.func only; batched particles: no rule"
 
 queries(torch._cudnn_rnn_flatten_weight)  # nn.LSTM aligns its weights in memory
 
@@ -227,13 +227,15 @@ def _check_layout(call: Call) -> None:
                 f"input of shape {shape} is one sequence, and has no examples in dimension "
                 f"{weight.execution.example_dim}; add an example dimension to unbatched input"
             )
-        raise ExampleDimError(
-            f"flipout: site '{weight.site}' in {name} met input of shape {shape} with the "
-            f"sequences in dimension {dim} (batch_first={call.batch_first}), but the examples "
-            f"are expected in dimension {weight.execution.example_dim}; set example_dim, as in "
-            f"flipout(example_dim={dim}), or make the layer with "
-            f"batch_first={not call.batch_first} and transpose its input"
+        message = (
+            f"input of shape {shape} has the sequences in dimension {dim} "
+            f"(batch_first={call.batch_first}), but the examples are expected in dimension "
+            f"{weight.execution.example_dim}; set example_dim, as in flipout(example_dim={dim}), "
+            f"or make the layer with batch_first={not call.batch_first} and transpose its input"
         )
+        if weight.execution.example_dim_given:
+            raise ExampleDimError(f"flipout: site '{weight.site}' in {name}: {message}")
+        raise NotExamples(message)
 
 
 def _count(weights: Any, input: Tensor, num_sequences: int) -> None:

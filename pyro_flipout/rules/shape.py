@@ -302,11 +302,14 @@ def split(op: Callable[..., Any], input: FlipoutTensor, *args: Any, **kwargs: An
     Tensor.double,
     Tensor.half,
     Tensor.bfloat16,
+    *(getattr(Tensor, name) for name in ("cfloat", "cdouble")),
     Tensor.cpu,
     Tensor.cuda,
     torch.positive,
     Tensor.positive,
     Tensor.__pos__,
+    torch.resolve_neg,
+    Tensor.resolve_neg,
     flips=FLIPS,
 )
 def copy(op: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -320,6 +323,45 @@ def copy(op: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) ->
         for t in out.terms
     ]
     return FlipoutTensor.build(out.plain, out.center, terms, out.execution, out.lead_dims)
+
+
+@implements(
+    Tensor.real.__get__,  # type: ignore[attr-defined]
+    Tensor.imag.__get__,  # type: ignore[attr-defined]
+    torch.real,
+    torch.imag,
+    torch.conj,
+    Tensor.conj,
+    torch.conj_physical,
+    Tensor.conj_physical,
+    torch.resolve_conj,
+    Tensor.resolve_conj,
+    flips=FLIPS + "; both parts of a complex entry have one sign",
+)
+def complex_part(op: Callable[..., Tensor], input: FlipoutTensor) -> Tensor:
+    return map_values(input, op)
+
+
+@implements(
+    torch.view_as_real,
+    torch.view_as_complex,
+    flips=FLIPS,
+    limits="torch.view_as_complex of a weight whose two parts have signs of their own: no rule",
+)
+def pairs(op: Callable[..., Tensor], input: FlipoutTensor) -> Tensor:
+    def move(codes: Tensor) -> Tensor:
+        if op is torch.view_as_real:
+            return codes.unsqueeze(-1)
+        if codes.size(-1) > 1:
+            raise NoRule("the real and the imaginary part have signs of their own")
+        return codes.squeeze(-1)
+
+    terms = [
+        Term(op(t.delta), t.draws, tuple((source, move(codes)) for source, codes in t.factors))
+        for t in input.terms
+    ]
+    center, lead = op(input.center), input.lead_dims
+    return FlipoutTensor.build(op(input.plain), center, terms, input.execution, lead)
 
 
 @implements(

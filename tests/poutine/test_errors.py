@@ -22,6 +22,7 @@ from pyro_flipout import (
     implements,
 )
 from pyro_flipout.infer import AutoMeanField
+from pyro_flipout.nn import FlipoutLinear
 from pyro_flipout.tensor import Execution, queries
 from tests.helpers import Recording
 
@@ -69,6 +70,41 @@ def test_example_dim_used_up_by_the_weight():
     with pytest.raises(ExampleDimError, match=r"site 'w' .*shape \(6, 5, 4, 3\).*example_dim=2"):
         w = flip(torch.ones(4, 3), torch.zeros(4, 3), site="w", execution=Execution(2))
         torch.ones(6, 5, 4, 3) * w
+
+
+@pytest.mark.parametrize("example_dim", [None, 0, 1])
+def test_example_dim_is_dimension_0_unless_given(example_dim):
+    handler = Recording(example_dim=example_dim)
+    assert handler.example_dim == (example_dim or 0)
+    assert ("example_dim" in repr(handler)) == (example_dim is not None)
+    handler(lambda x: F.linear(x, weight()))(X)
+    assert handler.seen_execution.example_dim == (example_dim or 0)
+    assert handler.seen_execution.example_dim_given == (example_dim is not None)
+
+
+def test_example_dim_given_later():
+    handler = flipout()
+    handler.example_dim = 1
+    with pytest.raises(ExampleDimError, match="you said example_dim=1"):
+        handler(lambda x: F.linear(x, weight()))(X[:, 0])
+    with pytest.raises(ValueError, match="example_dim=-1, expected an integer >= 0"):
+        handler.example_dim = -1
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_example_dim_of_a_layer(given):
+    """A layer says it for all of its execution; without, data that contradict are shared."""
+    layer = FlipoutLinear(3, 2, bias=False, example_dim=0 if given else None)
+    net = torch.nn.Sequential(layer)
+
+    def columns(x):  # the weight by columns of data
+        return torch.mm(layer.weight, x)
+
+    layer.forward = columns
+    expected = pytest.raises if given else pytest.warns
+    kind = ExampleDimError if given else FlipoutWarning
+    with expected(kind, match="dimension 0"):
+        net(X[0].T)
 
 
 def test_rows_that_are_not_examples():

@@ -199,6 +199,31 @@ case(
     out_example_dim=1,
 )
 
+for label, shapes, pairs in (
+    ("a weight broadcasts", ((N, 3), (1, 2)), ([1], [0])),
+    ("a weight broadcasts, last", ((N, 3), (2, 1)), ([1], [1])),
+    ("data broadcast", ((N, 1), (3, 2)), ([1], [0])),
+    ("data broadcast, two", ((N, 3, 1), (3, 2, 4)), ([1, 2], [0, 2])),
+    ("both broadcast", ((N, 3, 1), (1, 2, 4)), ([1, 2], [0, 2])),
+):
+    case(
+        torch.tensordot,
+        label,
+        lambda shapes=shapes, pairs=pairs: (
+            (data(*shapes[0]), W(*shapes[1])),
+            {"dims": pairs},
+        ),
+    )
+for equation, shapes in {
+    "ni,io->no": ((N, 3), (1, 2)),
+    "ni,oi->no": ((N, 1), (2, 3)),
+}.items():
+    case(
+        torch.einsum,
+        f"broadcast {equation}",
+        lambda equation=equation, shapes=shapes: (equation, data(*shapes[0]), W(*shapes[1])),
+    )
+
 for equation, shapes in {
     "bi,oi->bo": ((N, 3), (2, 3)),
     "bti,oi->bto": ((N, 7, 3), (2, 3)),

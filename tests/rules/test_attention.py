@@ -177,7 +177,7 @@ class Projected(nn.Module):
 def test_time_first_needs_example_dim():
     module, x = Projected(batch_first=False), data(L, N, E)
     with pytest.raises(ExampleDimError) as error:
-        functional_call(module, flipped(module), (x,))
+        functional_call(module, flipped(module, Execution(0)), (x,))
     for words in (
         "site 'attention.in_proj_weight'",
         "(3, 5, 4)",
@@ -188,6 +188,15 @@ def test_time_first_needs_example_dim():
     values = flipped(module, Execution(1))
     expected = by_example(module, values, x, example_dim=1)
     assert_same(functional_call(module, values, (x,)), expected, values)
+
+
+def test_time_first_without_example_dim_is_shared():
+    module, x = Projected(batch_first=False), data(L, N, E)
+    values = flipped(module)
+    with pytest.warns(FlipoutWarning, match=r"a time-major model, set flipout\(example_dim=1\)"):
+        out = functional_call(module, values, (x,))
+    assert out.shape == (L, N, E)
+    assert [n for n, v in values.items() if v.terms] == ["linear.weight", "linear.bias"]
 
 
 def test_batch_first_needs_example_dim():
