@@ -17,11 +17,14 @@ __all__ = [
     "as_subclass",
     "autocast",
     "fused",
+    "generator_state",
     "graphed",
+    "in_backward",
     "looked_at",
     "recorded",
     "recording",
     "transformed",
+    "untransformed",
 ]
 
 T = TypeVar("T")
@@ -40,6 +43,23 @@ def autocast(*tensors: Tensor | None) -> list[Any]:
 def transformed() -> bool:
     """Whether ``torch.func`` transforms the program, which it cannot do with our own gradients."""
     return torch._C._are_functorch_transforms_active()
+
+
+@contextmanager
+def untransformed() -> Iterator[None]:
+    """Leaves the transforms of ``torch.func`` for a while: what is made now is a plain tensor."""
+    if not transformed():
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+def in_backward() -> bool:
+    """Whether autograd runs backward, as when ``torch.utils.checkpoint`` recomputes."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class _Recording(threading.local):
@@ -95,3 +115,16 @@ def as_subclass(x: Tensor, cls: type[S]) -> S:
 def graphed() -> bool:
     """Whether a CUDA graph is captured."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def generator_state(device: torch.device) -> Tensor | None:
+    """State of the default generator of a device, to tell whether it has been there before.
+
+    ``None`` where it cannot be read, or a replay has another one: in a recorded program and in
+    a CUDA graph.
+    """
+    if recorded() or graphed():
+        return None
+    if device.type == "cpu":
+        return torch.default_generator.get_state()
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
