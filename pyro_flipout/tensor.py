@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from pyro.ops.provenance import ProvenanceTensor
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.overrides import resolve_name
@@ -735,6 +736,8 @@ class FlipoutTensor(Tensor):
             # torch.compile looks at a weight before it traces a call. It would trace the shared
             # draw: told to leave the frame alone, it runs it as it is, and the rules apply.
             raise torch._dynamo.exc.SkipFrame("a flipped weight is not traced")
+        if ProvenanceTensor in types:
+            return NotImplemented  # it calls again without the provenance, and adds that after
         return _dispatch(func, args, kwargs or {})
 
 
