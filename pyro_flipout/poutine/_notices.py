@@ -50,13 +50,16 @@ class Notices:
             self.told.add(key)
             warn(message)
 
-    def leave(self, key: str, site: str, reason: str, verb: str = "", *, wait: bool) -> None:
+    def leave(
+        self, key: str, site: str, reason: str, verb: str = "", *, alone: bool = False, wait: bool
+    ) -> None:
         """Says that a site is left shared, once for each key.
 
         :param verb: what comes behind "keeps its shared draw".
+        :param alone: the remedy is for this site and no other.
         :param wait: until :meth:`say`, for other sites that are for the same reason.
         """
-        cause = verb, _cause(reason)
+        cause = verb, f"{key}: {reason}" if alone else _cause(reason)
         notice = self._waiting.get(cause)
         if notice is not None:
             if site not in notice.sites:

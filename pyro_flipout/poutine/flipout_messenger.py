@@ -343,7 +343,7 @@ class FlipoutMessenger(Messenger):
         self.decisions[name] = f"shared: {why.reason}"
         (self._inherent.add if why.inherent else self._inherent.discard)(name)
         if why.tell:
-            self._notice(why.source, name, why.reason)
+            self._notice(why.source, name, why.reason, alone=why.joint)
 
     def _flip(self, msg: Message, draw: SymmetricDraw) -> None:
         if torch._C._get_tracing_state() is not None:
@@ -391,11 +391,13 @@ class FlipoutMessenger(Messenger):
         self.decisions[site] = f"shared: {reason}"
         self._notice(site, site, reason, " from now on")
 
-    def _notice(self, key: str, site: str, reason: str, verb: str = "") -> None:
+    def _notice(
+        self, key: str, site: str, reason: str, verb: str = "", alone: bool = False
+    ) -> None:
         """Says at the end of the execution that a site is left shared, once for each key."""
         trace = self._recorded()
         self._noticed = (lambda: None) if trace is None else weakref.ref(trace)
-        self._notices.leave(key, site, reason, verb, wait=self._entered)
+        self._notices.leave(key, site, reason, verb, alone=alone, wait=self._entered)
 
     def _tell(self, key: str, message: str) -> None:
         self._notices.tell(key, message)

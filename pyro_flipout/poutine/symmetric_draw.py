@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -580,19 +580,28 @@ def forget_guides() -> None:
         _GRAPHS.clear()
 
 
-_REPLAYED: weakref.WeakSet[Trace] = weakref.WeakSet()
+_REPLAYED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+"""A value of each trace that a model was replayed of which flipout runs, by its ``id``."""
 
 
 def replayed_by_flipout(stack: Stack) -> None:
     """Notes of which traces a model is replayed that flipout runs."""
     for frame in stack.replays:
         if frame.trace is not None:
-            _REPLAYED.add(frame.trace)
+            value = next(_values(frame.trace), None)
+            if value is not None:
+                _REPLAYED[id(value)] = value
 
 
 def was_replayed_by_flipout(trace: Trace) -> bool:
-    """Whether a model that flipout runs was replayed of a trace."""
-    return trace in _REPLAYED
+    """Whether a model that flipout runs was replayed of a trace, or of a copy of it."""
+    return any(_REPLAYED.get(id(value)) is value for value in _values(trace))
+
+
+def _values(trace: Trace) -> Iterator[Tensor]:
+    for node in trace.nodes.values():
+        if node["type"] == "sample" and isinstance(node.get("value"), Tensor):
+            yield node["value"]
 
 
 def _guide_graph(trace: Trace) -> _GuideGraph:
