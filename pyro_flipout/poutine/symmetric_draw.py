@@ -30,7 +30,7 @@ import pyro.poutine.runtime as runtime
 import torch
 from pyro.distributions import Delta, Independent, Normal
 from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.ops.provenance import ProvenanceTensor, get_provenance
+from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.condition_messenger import ConditionMessenger
@@ -231,12 +231,16 @@ def _is_trial(msg: Message) -> bool:
 def replayed_site(msg: Message, stack: Stack) -> tuple[Message, Trace] | None:
     """The guide's site that the value was replayed from, and the guide's trace."""
     value = msg["value"]
+    tracked = isinstance(value, ProvenanceTensor)
     if type(value) is not Tensor:
-        value = getattr(value, "plain", value)
+        value = detach_provenance(value) if tracked else getattr(value, "plain", value)
     for frame in stack.replays:
         if frame.trace is not None:
             node = frame.trace.nodes.get(msg["name"])
-            if node is not None and node["value"] is value:
+            if node is None:
+                continue
+            given = detach_provenance(node["value"]) if tracked else node["value"]
+            if given is value:
                 return node, frame.trace
     return None
 
@@ -285,8 +289,8 @@ def _replayed(msg: Message, node: Message, trace: Trace, stack: Stack) -> Symmet
     fn, value = node.get("fn"), node["value"]
     if fn is None:
         return NoDraw("the trace that is replayed does not say what it was drawn from")
-    if isinstance(value, ProvenanceTensor):
-        return _score_function(node) or _tracked(msg["name"], value)
+    if isinstance(msg["value"], ProvenanceTensor):
+        return _score_function(node) or _tracked(msg["name"], msg["value"])
     delta = symmetric_delta(fn, value)
     if delta is not None and value.requires_grad and stack.drawn_together(trace):
         return SymmetricDraw(without_events(fn).center_beside, delta, fn)
