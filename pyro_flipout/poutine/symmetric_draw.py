@@ -239,7 +239,8 @@ def replayed_site(msg: Message, stack: Stack) -> tuple[Message, Trace] | None:
             node = frame.trace.nodes.get(msg["name"])
             if node is None:
                 continue
-            given = detach_provenance(node["value"]) if tracked else node["value"]
+            given: Any = node["value"]
+            given = detach_provenance(given) if tracked else given
             if given is value:
                 return node, frame.trace
     return None
@@ -604,8 +605,9 @@ def was_replayed_by_flipout(trace: Trace) -> bool:
 
 def _values(trace: Trace) -> Iterator[Tensor]:
     for node in trace.nodes.values():
-        if node["type"] == "sample" and isinstance(node.get("value"), Tensor):
-            yield node["value"]
+        value: Any = node.get("value")
+        if node["type"] == "sample" and isinstance(value, Tensor):
+            yield value
 
 
 def _guide_graph(trace: Trace) -> _GuideGraph:
