@@ -18,12 +18,15 @@ __all__ = [
     "autocast",
     "forward_mode",
     "fused",
+    "generator_state",
     "graphed",
     "has_own_gradients",
+    "in_backward",
     "looked_at",
     "recorded",
     "recording",
     "transformed",
+    "untransformed",
 ]
 
 T = TypeVar("T")
@@ -52,6 +55,23 @@ def forward_mode() -> bool:
 def has_own_gradients() -> bool:
     """Whether products and recurrent layers may use gradients of their own."""
     return not (transformed() or forward_mode())
+
+
+@contextmanager
+def untransformed() -> Iterator[None]:
+    """Leaves the transforms of ``torch.func`` for a while: what is made now is a plain tensor."""
+    if not transformed():
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+def in_backward() -> bool:
+    """Whether autograd runs backward, as when ``torch.utils.checkpoint`` recomputes."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class _Recording(threading.local):
@@ -107,3 +127,16 @@ def as_subclass(x: Tensor, cls: type[S]) -> S:
 def graphed() -> bool:
     """Whether a CUDA graph is captured."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def generator_state(device: torch.device) -> Tensor | None:
+    """State of the default generator of a device, to tell whether it has been there before.
+
+    ``None`` where it cannot be read, or a replay has another one: in a recorded program and in
+    a CUDA graph.
+    """
+    if recorded() or graphed():
+        return None
+    if device.type == "cpu":
+        return torch.default_generator.get_state()
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None

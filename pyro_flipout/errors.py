@@ -46,13 +46,24 @@ class NotSymmetricError(FlipoutError, ValueError):
     """A distribution is not symmetric about a centre and factorised by element."""
 
 
-def warn(message: str) -> None:
-    """Emits a :class:`FlipoutWarning` that points at the user's line of code."""
+def warn(message: str, at: tuple[str, int] | None = None) -> None:
+    """Emits a :class:`FlipoutWarning` that points at the user's line of code.
+
+    :param at: file and line, from :func:`users_line`; that of the caller if omitted.
+    """
+    file, line = at or users_line()
+    warnings.warn_explicit(f"flipout: {message}", FlipoutWarning, file, line)
+
+
+def users_line() -> tuple[str, int]:
+    """File and line of the innermost call that is not torch's, Pyro's or ours."""
     frame: FrameType | None = sys._getframe(1)
-    level = 2
+    last = frame
     while frame is not None and is_library(frame.f_code.co_filename):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(f"flipout: {message}", FlipoutWarning, stacklevel=level)
+        last, frame = frame, frame.f_back
+    found = frame or last
+    assert found is not None, "somebody calls"
+    return found.f_code.co_filename, found.f_lineno
 
 
 def is_library(filename: str) -> bool:

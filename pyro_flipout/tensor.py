@@ -31,13 +31,21 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
+from pyro.ops.provenance import ProvenanceTensor
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.overrides import resolve_name
 
-from pyro_flipout._modes import as_subclass, transformed
+from pyro_flipout._modes import (
+    as_subclass,
+    generator_state,
+    in_backward,
+    looked_at,
+    transformed,
+    untransformed,
+)
 from pyro_flipout.errors import ExampleDimError, FlipoutError, MissingRuleError, warn
-from pyro_flipout.signs import Numbers, Signs, dense_signs, even_codes, random_bits
+from pyro_flipout.signs import Numbers, Signs, dense_signs, draw_codes, random_bits
 
 __all__ = [
     "RULES",
@@ -167,40 +175,71 @@ _CODES_AT_ONCE = 128
 
 
 class _Codes:
-    """Random codes for several weights, drawn now and finished when first asked for.
+    """Random codes for several weights, which are drawn when the first of these meets examples.
 
-    One example needs none, and what a step calls once costs it tens of microseconds.
+    So one example draws none, nor does a model of which no weight is flipped in the end: it leaves
+    torch's generator where the bare model does. Until the codes are drawn their *places*, numbers
+    0 to ``size`` of dtype int64, are there instead of them: rules that move the entries of a weight
+    move the places as they would move the codes.
+
+    ``torch.utils.checkpoint`` runs a part of the program again, from the generator's state when it
+    ran first. Where codes were drawn in that part, a recomputation has to consume as many random
+    numbers as their draw did, else a dropout behind it would be another one. It is there when the
+    generator has the state again in which they were drawn.
+
+    :param size: their number.
+    :param device: where they are.
+    :param drawn: the codes, if they are there already.
     """
 
-    __slots__ = ("_bits", "_even", "size", "taken")
+    __slots__ = ("_before", "_places", "device", "drawn", "size", "taken")
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._bits = random_bits((size,), device)
-        self._even: Tensor | None = None
-        self.size = size
-        self.taken = 0
+    def __init__(self, size: int, device: torch.device, drawn: Tensor | None = None) -> None:
+        self.size, self.device, self.taken = size, device, 0
+        self.drawn = drawn
+        self._before: Tensor | None = None  # state of the generator
+        self._places: Tensor | None = None
 
     @property
-    def batched(self) -> bool:
-        """Whether ``torch.func.vmap`` drew them for each of its calls."""
-        return torch._C._functorch.is_batchedtensor(self._bits)
+    def places(self) -> Tensor:
+        """Their numbers, shape ``(size,)``."""
+        if self._places is None:
+            with untransformed():
+                self._places = looked_at(lambda: torch.arange(self.size, device=self.device))
+        return self._places
 
-    def get(self) -> Tensor:
-        """All codes, shape ``(size,)``."""
-        if self._even is not None:
-            return self._even
-        even = even_codes(self._bits)
-        if not transformed():  # what is made inside torch.func must stay there
-            self._even = even
-        return even
+    def draw(self) -> Tensor:
+        """Draws all codes, shape ``(size,)``."""
+        with untransformed():  # torch.func.vmap would draw them for each call, or refuse to
+            before = generator_state(self.device)
+            self.drawn = draw_codes((self.size,), self.device)
+        self._before = before if type(self.drawn) is Tensor else None
+        return self.drawn
 
+    def draw_again(self) -> None:
+        """Consumes the random numbers of the draw, if this is a recomputation of it."""
+        if self._before is None or not in_backward():
+            return
+        with untransformed():
+            now = generator_state(self.device)
+            if now is not None and torch.equal(now, self._before):
+                random_bits((self.size,), self.device)
 
-class _Given(_Codes):
-    """Codes that were given, and not drawn."""
+    def at(self, places: Tensor) -> Tensor:
+        """The codes that were drawn for some places: a view, if the places are one of all."""
+        codes = self.drawn
+        assert codes is not None, "drawn by who asks for them"
+        if places.device != codes.device:  # the weight has been moved
+            codes = codes.to(places.device)
+        elif self._is_part(places):
+            return codes.as_strided(places.shape, places.stride(), places.storage_offset())
+        return codes[places]
 
-    def __init__(self, codes: Tensor) -> None:
-        self._even = codes
-        self.size = self.taken = codes.numel()
+    def _is_part(self, places: Tensor) -> bool:
+        """Whether they are a view of all places."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(places):
+            return False
+        return bool(places.untyped_storage()._cdata == self.places.untyped_storage()._cdata)
 
 
 class Execution:
@@ -242,7 +281,7 @@ class Execution:
         self._drawn: dict[int, _Codes] = {}  # all that have been used, by address
         self._seen_as: dict[Any, Execution] = {}
 
-    def _draw_codes(self, count: int, device: torch.device) -> tuple[_Codes, int]:
+    def _reserve_codes(self, count: int, device: torch.device) -> tuple[_Codes, int]:
         """Random codes of which ``count`` are for nobody else, and where these start.
 
         Small weights share a call of the generator.
@@ -250,14 +289,14 @@ class Execution:
         :raises FlipoutError: under ``torch.func.vmap`` with ``randomness="different"``.
         """
         if transformed():  # what is made inside torch.func must stay there
-            own = _Codes(count, device)
-            if own.batched:
+            drawn = draw_codes((count,), device)
+            if torch._C._functorch.is_batchedtensor(drawn):
                 raise FlipoutError(
                     'flipout: a weight was made inside torch.func.vmap with randomness="different",'
                     " expected signs that its calls have in common; make it outside of vmap, pass "
                     'randomness="same", or draw particles with vectorize_particles=True'
                 )
-            return own, 0
+            return _Codes(count, device, drawn), 0
         codes = self._codes.get(device)
         if codes is None or codes.taken + count > codes.size:
             codes = self._codes[device] = _Codes(max(count, _CODES_AT_ONCE), device)
@@ -265,12 +304,9 @@ class Execution:
         codes.taken += count
         return codes, start
 
-    def _look_at(self, codes: _Codes) -> Tensor:
-        """All of ``codes``; the signs of a part of them will be cut from those of all."""
-        found = codes.get()
-        if not transformed():
-            self._drawn[found.data_ptr()] = codes
-        return found
+    def _draw_codes(self, codes: _Codes) -> None:
+        """Draws ``codes``; the signs of a part of them will be cut from those of all."""
+        self._drawn[codes.draw().data_ptr()] = codes
 
     def count(self, num_examples: int, counted_on: str) -> None:
         """Learns the number of examples, or checks it against the one known.
@@ -347,7 +383,8 @@ class Execution:
         if drawn is not None and codes.is_contiguous():
             start, count = codes.storage_offset(), codes.numel()
             if drawn.taken > count:
-                all_taken = drawn.get()[: drawn.taken]
+                assert drawn.drawn is not None
+                all_taken = drawn.drawn[: drawn.taken]
                 return self.factored_signs(all_taken, dtype).of(slice(start, start + count))
         return Signs(codes, self.num_examples, dtype, self.group_size, self._numbers)
 
@@ -496,9 +533,7 @@ class Draw:
     """One symmetric draw of one site in one execution.
 
     Signs vary along the first two dimensions of the value, after ``lead_dims``
-    leading batch (particle) dimensions, each of which has signs of its own. Codes are
-    drawn here and not when first used: a first use inside ``torch.utils.checkpoint``
-    would consume random numbers that its recomputation does not consume again.
+    leading batch (particle) dimensions, each of which has signs of its own.
     """
 
     __slots__ = (
@@ -522,10 +557,10 @@ class Draw:
         self._factors: tuple[Factor, ...] | None = None
         self._sources: tuple[SignFactor, ...] | None = None
         if codes is not None:
-            self._codes, self._start = _Given(codes), 0
+            self._codes, self._start = _Codes(codes.numel(), codes.device, codes), 0
             return
         count = self.count_codes(self._shape, lead_dims)
-        self._codes, self._start = execution._draw_codes(count, value.device)
+        self._codes, self._start = execution._reserve_codes(count, value.device)
 
     @staticmethod
     def count_codes(shape: torch.Size, lead_dims: int) -> int:
@@ -535,11 +570,12 @@ class Draw:
 
     @property
     def factors(self) -> tuple[Factor, ...]:
-        """The sign factors, which one example has no use for: made when first asked for."""
+        """The sign factors, with the places of their codes until these are drawn."""
         if self._factors is not None:
             return self._factors
         lead, event = tuple(self._shape[: self._lead_dims]), tuple(self._shape[self._lead_dims :])
-        codes, start = self.execution._look_at(self._codes), self._start
+        codes, start = self._codes.drawn, self._start
+        codes = self._codes.places if codes is None else codes
         if self._sources is None:
             self._sources = tuple(SignFactor(self) for _ in range(min(2, len(event)) or 1))
         factors = []
@@ -555,7 +591,21 @@ class Draw:
     @property
     def codes(self) -> tuple[Tensor, ...]:
         """Codes of the sign factors, each broadcastable to the value's shape."""
+        self.draw_codes()
         return tuple(codes for source, codes in self.factors if not source.dropped)
+
+    def draw_codes(self) -> None:
+        """Draws the codes, unless they are there."""
+        if self._codes.drawn is None:
+            self.execution._draw_codes(self._codes)
+        else:
+            self._codes.draw_again()
+        if self._factors is not None and _are_places(self._factors[0][1]):
+            self._factors = None
+
+    def codes_at(self, places: Tensor) -> Tensor:
+        """The codes, once they are drawn, where a map of the weight has put their places."""
+        return self._codes.at(places)
 
     def drop(self, sources: set[SignFactor]) -> None:
         """Does without some sign factors, before any example has seen them.
@@ -591,13 +641,25 @@ class SignFactor:
     @property
     def shared(self) -> bool:
         """Whether these signs are not applied."""
+        return self.dropped or self.draw.shared
+
+    @property
+    def draw(self) -> Draw:
+        """The draw whose signs they are."""
         draw = self._draw()
         assert draw is not None  # every term holds its draws
-        return self.dropped or draw.shared
+        return draw
 
 
 Factor = tuple[SignFactor, Tensor]
-"""A sign factor: where it is from, and codes broadcastable to the term's delta."""
+"""A sign factor: where it is from, and its codes, broadcastable to the term's delta.
+
+Codes are of dtype int32. Until they are drawn there are their places, of dtype int64.
+"""
+
+
+def _are_places(codes: Tensor) -> bool:
+    return codes.dtype == torch.int64
 
 
 class Term:
@@ -635,7 +697,10 @@ class Term:
 
     @property
     def factors(self) -> tuple[Factor, ...]:
-        """The sign factors, dropped ones too."""
+        """The sign factors, dropped ones too, with the places of codes that are not drawn yet.
+
+        To move entries of the weight, and to ask along which dimensions signs vary.
+        """
         return self.draws[0].factors if self._factors is None else self._factors
 
     @property
@@ -643,7 +708,24 @@ class Term:
         """Codes of the sign factors that are applied, for use on the examples."""
         for draw in self.draws:
             draw.used = True
-        return tuple(codes for source, codes in self.factors if not source.shared)
+            if not draw.shared:
+                draw.draw_codes()
+        return tuple(codes for source, codes in self._drawn_factors() if not source.shared)
+
+    def _drawn_factors(self) -> tuple[Factor, ...]:
+        factors = self.factors
+        if not any(_are_places(codes) for _, codes in factors):
+            return factors
+        factors = tuple(
+            (
+                source,
+                source.draw.codes_at(codes) if _are_places(codes) and not source.shared else codes,
+            )
+            for source, codes in factors
+        )
+        if self._factors is not None and not transformed():
+            self._factors = factors
+        return factors
 
     @property
     def shared(self) -> bool:
@@ -816,6 +898,8 @@ class FlipoutTensor(Tensor):
             # torch.compile looks at a weight before it traces a call. It would trace the shared
             # draw: told to leave the frame alone, it runs it as it is, and the rules apply.
             raise torch._dynamo.exc.SkipFrame("a flipped weight is not traced")
+        if ProvenanceTensor in types:
+            return NotImplemented  # it calls again without the provenance, and adds that after
         return _dispatch(func, args, kwargs or {})
 
 

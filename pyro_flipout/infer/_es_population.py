@@ -93,6 +93,9 @@ class MemberDraw(Draw):
             factors.append((SignFactor(self), codes))
         self._factors = tuple(factors)
 
+    def draw_codes(self) -> None:
+        """They are drawn."""
+
     @property
     def combined(self) -> Tensor:
         """Codes whose signs are the entries of E, of a shape that broadcasts to the weight's."""

@@ -23,7 +23,6 @@ from pyro_flipout.plan.owner import Planned
 from pyro_flipout.poutine.flipout_messenger import (
     FlipoutMessenger,
     contradiction,
-    data_plates,
 )
 from pyro_flipout.tensor import Execution
 
@@ -215,12 +214,12 @@ class LayerMessenger(FlipoutMessenger):
         if self._before is None:
             return
         (trace, execution, flipped), self._before = self._before, None
-        for name, node in trace.nodes.items():
+        for node in trace.nodes.values():
             if node["type"] == "sample" and node["is_observed"]:
-                reason = contradiction(execution, name, data_plates(node))
+                reason = contradiction(execution, node, execution.example_dim)
                 if reason:
                     self._flipped = flipped
-                    self._share_from_now_on(name, reason)
+                    self._share_from_now_on(reason)
                     return
 
 

@@ -24,6 +24,7 @@ from pyro_flipout.plan.audit import Audit, Finding, Verdict
 from pyro_flipout.plan.isolation import isolated
 from pyro_flipout.plan.memory import Call, Memory, Plan, memory_of
 from pyro_flipout.plan.probe import Probe
+from pyro_flipout.poutine._notices import Notices
 from pyro_flipout.poutine.symmetric_draw import NoDraw
 from pyro_flipout.tensor import Execution
 
@@ -184,7 +185,7 @@ def run_audit(
     def run_model(probe: Probe) -> Trace:
         probing = copy.copy(handler)
         probing.decisions, probing._shared = {}, dict(handler._shared)
-        probing._told, probing._joint = set(), dict(handler._joint)
+        probing._notices, probing._joint = Notices(), dict(handler._joint)
         probing._probe = probe
         tracer = TraceMessenger()
         with tracer, probing:

@@ -14,22 +14,33 @@ from typing import Any
 import pyro.poutine.runtime as runtime
 import torch
 from pyro.distributions import Normal
+from pyro.infer.abstract_infer import TracePosterior
+from pyro.infer.elbo import ELBO
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from pyro.ops.provenance import (
+    ProvenanceTensor,
+    detach_provenance,
+    extract_provenance,
+    track_provenance,
+)
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
+from pyro.util import ignore_jit_warnings
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
-from pyro_flipout.errors import FlipoutError, warn
+from pyro_flipout.errors import FlipoutError
 from pyro_flipout.plan.owner import (
     NOT_OWNED,
     PARTICLE_PLATES,
     Planned,
-    keep_shared,
     plan_of,
     remember,
 )
 from pyro_flipout.plan.probe import Probe
+from pyro_flipout.poutine._notices import Notices, by_reason
 from pyro_flipout.poutine.symmetric_draw import (
     ATOMS,
     NO_HANDLERS,
@@ -40,7 +51,9 @@ from pyro_flipout.poutine.symmetric_draw import (
     depends,
     find_symmetric_draw,
     forget_guides,
+    replayed_by_flipout,
     replayed_site,
+    was_replayed_by_flipout,
     without_events,
 )
 from pyro_flipout.tensor import (
@@ -140,7 +153,10 @@ class FlipoutMessenger(Messenger):
         self.decisions: dict[str, str] = {}
         self._probe: Probe | None = None
         self._shared: dict[str, str] = {}
-        self._told: set[str] = set()
+        self._notices = Notices()
+        self._inherent: set[str] = set()  # sites that no execution will flip
+        self._idle = 0  # executions in which nothing was flipped
+        self._guide: Trace | None = None  # of the first call, if that looked like a guide's
         self._joint: dict[str, NoDraw] = {}
         self._most_examples = 0
         self._forget()
@@ -206,6 +222,12 @@ class FlipoutMessenger(Messenger):
             from pyro_flipout.poutine.module import wrap_module
 
             return wrap_module(fn, self)  # its calls come to `run_model`
+        if isinstance(fn, (TracePosterior, ELBO, MCMCKernel)):
+            kind = type(fn).__name__
+            raise TypeError(
+                f"flipout: got a {kind}, expected a model; wrap the model that it is given, as in "
+                "SVI(flipout(model), guide, ...), or run it inside of `with flipout():`"
+            )
         if isinstance(fn, type) or not callable(fn):
             raise TypeError(
                 f"flipout: got {fn!r} of type {type(fn).__name__}, expected a model: a function "
@@ -228,22 +250,35 @@ class FlipoutMessenger(Messenger):
             return fn(*args, **kwargs)
 
     def __enter__(self) -> FlipoutMessenger:
+        self._check_guide()
         self._forget()
         forget_guides()
         super().__enter__()
+        self._entered = True
         return self
 
     def __exit__(self, *args: Any) -> None:
-        if args[0] is None and (self.hide or self.expose):
+        super().__exit__(*args)
+        try:
+            if args[0] is None:
+                self._end()
+            else:
+                self._notices.drop()
+        finally:
+            self._forget()
+
+    def _end(self) -> None:
+        """Says what is to be said of the executions that end here."""
+        self._notices.say()
+        if self.hide or self.expose:
             self._check_names()
-        self._forget()
-        return super().__exit__(*args)
+        self._check_use()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         for name in ("_execution", "_flipped", "_planned", "_sites", "_stack", "_trace"):
             state.pop(name)
-        return state
+        return state | {"_guide": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -256,15 +291,18 @@ class FlipoutMessenger(Messenger):
         self._stack = NO_HANDLERS
         self._planned = self._unowned
         self._trace: Callable[[], Any] = lambda: None
+        self._entered = False
+        self._seen = self._observed = False  # a site, an observed one
+        self._noticed: Callable[[], Any] = lambda: None  # the trace when a notice came
 
     # ----------------------------------------------------------------------- sites
 
     def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             return
-        if isinstance(msg["value"], FlipoutTensor):  # a deterministic site of flipped weights
+        if _flipped(msg["value"]) is not None:  # a deterministic site of flipped weights
             flipped = msg["value"]
-            msg["value"] = flipped.plain
+            msg["value"] = _plain(flipped)
             msg["continuation"] = Continuation(lambda m: m.update(value=flipped), msg)
         if not msg["is_observed"] or msg["infer"].get("_deterministic"):
             # Densities are those of the shared draw, in a prior's parameters too.
@@ -280,10 +318,24 @@ class FlipoutMessenger(Messenger):
             msg["continuation"] = self._finish if alone else Continuation(self._finish, msg)
 
     def _finish(self, msg: Message) -> None:
-        self._stack = current_stack(self._stack)
-        if isinstance(msg["value"], FlipoutTensor):
+        if torch._C._get_tracing_state() is None:
+            self._settle(msg)
+        else:  # what is asked of tensors here changes nothing that is traced
+            with ignore_jit_warnings():
+                self._settle(msg)
+
+    def _settle(self, msg: Message) -> None:
+        stack = current_stack(self._stack)
+        if stack is not self._stack:
+            self._stack = stack
+            replayed_by_flipout(stack)
+        self._seen = True
+        if self._notices and self._recorded() is not self._noticed():
+            self._notices.say()
+        if _flipped(msg["value"]) is not None:
             _plain_in_traces(msg)
         elif msg["is_observed"]:
+            self._observed |= not msg["infer"].get("_deterministic")
             self._check_plates(msg)
         else:
             found = self._decide(msg) if self._probe is None else self._decide_in_probe(msg)
@@ -307,14 +359,14 @@ class FlipoutMessenger(Messenger):
         if wish is False or self._hides(msg):
             return NoDraw("it is hidden")
         if infer.get("is_auxiliary") or infer.get("was_observed"):
-            return NoDraw("it is auxiliary")
+            return NoDraw("it is auxiliary", inherent=True)
         named = bool(wish) or (self.expose is not None and name in self.expose)
         if not named:
             plates = [f.name for f in msg["cond_indep_stack"] if f.name not in PARTICLE_PLATES]
             if plates:
-                return NoDraw(f"it is local to the plate '{plates[0]}'")
+                return NoDraw(f"it is local to the plate '{plates[0]}'", inherent=True)
             if _is_discrete(msg["fn"]):
-                return NoDraw("it is discrete")
+                return NoDraw("it is discrete", inherent=True)
         reason = why_not_flippable(msg["value"])
         if reason is not None:
             return NoDraw(reason, tell=True, source=reason)
@@ -355,9 +407,11 @@ class FlipoutMessenger(Messenger):
         )
 
     def _leave(self, msg: Message, why: NoDraw) -> None:
-        self.decisions[msg["name"]] = f"shared: {why.reason}"
+        name = msg["name"]
+        self.decisions[name] = f"shared: {why.reason}"
+        (self._inherent.add if why.inherent else self._inherent.discard)(name)
         if why.tell:
-            self._tell(why.source, f"site '{msg['name']}' keeps its shared draw: {why.reason}")
+            self._notice(why.source, name, why.reason, alone=why.joint)
 
     def _flip(self, msg: Message, draw: SymmetricDraw) -> None:
         if torch._C._get_tracing_state() is not None:
@@ -380,6 +434,7 @@ class FlipoutMessenger(Messenger):
         execution = self._execution_of(name)
         self.decisions[name] = self._planned.decision(name)
         self._flipped[name] = draw.center
+        self._inherent.discard(name)
         msg["value"] = flip(
             value,
             draw.center,
@@ -420,13 +475,61 @@ class FlipoutMessenger(Messenger):
     def _share(self, site: str, reason: str) -> None:
         self._shared[site] = reason
         self.decisions[site] = f"shared: {reason}"
-        self._tell(site, f"site '{site}' keeps its shared draw from now on: {reason}")
+        self._notice(site, site, reason, " from now on")
+
+    def _notice(
+        self, key: str, site: str, reason: str, verb: str = "", alone: bool = False
+    ) -> None:
+        """Says at the end of the execution that a site is left shared, once for each key."""
+        trace = self._recorded()
+        self._noticed = (lambda: None) if trace is None else weakref.ref(trace)
+        self._notices.leave(key, site, reason, verb, alone=alone, wait=self._entered)
 
     def _tell(self, key: str, message: str) -> None:
-        if key not in self._told:
-            self._told.add(key)
-            if self._probe is None:
-                warn(message)
+        self._notices.tell(key, message)
+
+    def _recorded(self) -> Trace | None:
+        """The trace that is being made."""
+        return None if self._stack.recorder is None else self._stack.recorder.trace
+
+    def _check_use(self) -> None:
+        """A program of which nothing is flipped, and why, as far as one can see."""
+        if not self._seen:
+            self._tell(
+                "no sites",
+                "the program that is wrapped has no sample site, so that flipout does nothing; "
+                "make its weights sample sites, with PyroSample or pyro_flipout.nn.bayesianize",
+            )
+        elif self._observed:
+            # Not after the first execution: the model may have more sites in others.
+            if self.decisions and self.decisions.keys() <= self._inherent:
+                self._idle += 1
+            if self._idle == 2:
+                self._tell(
+                    "nothing",
+                    f"no site of the model can be flipped, so that flipout does nothing: "
+                    f"{by_reason(self.decisions)}. It is for weights outside of plates, with a "
+                    "guide that draws them, such as AutoNormal",
+                )
+        elif self._guide is None and "guide" not in self._notices.told:
+            counted = self._execution is not None and self._execution.num_examples is not None
+            self._guide = None if counted else self._recorded()
+
+    def _check_guide(self) -> None:
+        """Whether the first call was a guide's, of a model that is not wrapped."""
+        trace, self._guide = self._guide, None
+        if trace is None or "guide" in self._notices.told:
+            return
+        if not any(_SCORED & site.keys() for site in trace.nodes.values()):
+            return
+        if was_replayed_by_flipout(trace):
+            self._notices.told.add("guide")
+            return
+        self._tell(
+            "guide",
+            "a guide is wrapped and the model beside it is not, so that flipout does nothing; "
+            "wrap the model, as in SVI(flipout(model), guide, ...)",
+        )
 
     def _check_prior(self, msg: Message, draws: list[Draw]) -> None:
         """A site drawn here from flipped parameters needs them to be one joint draw."""
@@ -452,20 +555,16 @@ class FlipoutMessenger(Messenger):
             return
         self._check_groups(self._execution.num_examples)
         if not self._planned.proved:
-            reason = contradiction(self._execution, msg["name"], sizes)
+            reason = contradiction(self._execution, msg, self.example_dim)
             if reason:
-                self._share_from_now_on(msg["name"], reason)
+                self._share_from_now_on(reason)
 
-    def _share_from_now_on(self, observed: str, reason: str) -> None:
+    def _share_from_now_on(self, reason: str) -> None:
         """Leaves shared what was flipped for other examples than those of the plates."""
-        sites = [s for s in sorted(self._flipped) if s not in self._shared]
-        if not sites:
-            return
-        for site in sites:
-            self._shared[site] = reason
-            self.decisions[site] = f"shared: {reason}"
-            remember(self._flipped[site], site, reason)
-        self._tell(observed, f"{keep_shared(sites)} from now on: {reason}")
+        for site in sorted(self._flipped):
+            if site not in self._shared:
+                remember(self._flipped[site], site, reason)
+                self._share(site, reason)
 
     def _check_groups(self, num_examples: int) -> None:
         """One group alone sees the shared draw; a last, smaller mini-batch may be one."""
@@ -478,19 +577,28 @@ class FlipoutMessenger(Messenger):
             )
 
 
-def contradiction(execution: Execution, observed: str, sizes: dict[str, int]) -> str | None:
+def contradiction(execution: Execution, site: Message, example_dim: int) -> str | None:
     """Why what was counted cannot be the examples, ``None`` if it can.
 
-    :param sizes: of the data plates of the observed site, by name.
+    :param site: an observed site of the execution.
     """
-    count = execution.num_examples
-    if count in (None, 0, 1) or not sizes or count in sizes.values():
+    count, sizes = execution.num_examples, data_plates(site)
+    # A plate that subsamples may pick from what was computed for all of the data.
+    full = {f.full_size for f in site["cond_indep_stack"] if f.vectorized}
+    if count in (None, 0, 1) or not sizes or count in {*sizes.values(), *full}:
         return None
+    remedy = (
+        "wrap the model, as in SVI(flipout(model), guide, ...), so that its examples are found and "
+        "verified, or set example_dim to the dimension of the data that counts the examples"
+    )
+    if any(f.name in sizes and f.size != f.full_size for f in site["cond_indep_stack"]):
+        remedy = (
+            "give the model the rows that the plate picks, as in "
+            f"`with pyro.plate(...) as i: x[i]`, or {remedy}"
+        )
     return (
-        f"{count} examples were counted in dimension {execution.example_dim} of the data, but the "
-        f"observed site '{observed}' is in plates of sizes {sizes}; wrap the model, as in "
-        "SVI(flipout(model), guide, ...), so that its examples are found and verified, or set "
-        "example_dim to the dimension of the data that counts the examples"
+        f"{count} examples were counted in dimension {example_dim} of the data, but the observed "
+        f"site '{site['name']}' is in plates of sizes {sizes}; {remedy}"
     )
 
 
@@ -583,9 +691,10 @@ def _strip(fn: Any) -> list[Draw]:
             for name, item in vars(obj).items():
                 if type(item) in _PLAIN:
                     continue
-                if isinstance(item, FlipoutTensor):
-                    draws += item.draws
-                    vars(obj)[name] = item.plain
+                weight = _flipped(item)
+                if weight is not None:
+                    draws += weight.draws
+                    vars(obj)[name] = _plain(item)
                 else:
                     todo.append(item)
     return draws
@@ -601,5 +710,23 @@ def _plain_in_traces(msg: Message) -> None:
     for frame in runtime._PYRO_STACK:
         if isinstance(frame, TraceMessenger):
             node = frame.trace.nodes.get(msg["name"])
-            if node is not None and isinstance(node["value"], FlipoutTensor):
-                node["value"] = node["value"].plain
+            if node is not None and _flipped(node["value"]) is not None:
+                node["value"] = _plain(node["value"])
+
+
+def _flipped(value: Any) -> FlipoutTensor | None:
+    """The flipped weight that a value is, perhaps one with provenance."""
+    if type(value) is torch.Tensor:
+        return None
+    value = detach_provenance(value) if isinstance(value, ProvenanceTensor) else value
+    return value if isinstance(value, FlipoutTensor) else None
+
+
+def _plain(value: Any) -> Any:
+    """The shared draw of such a value, with the same provenance."""
+    inner, provenance = extract_provenance(value)
+    return track_provenance(inner.plain, provenance)  # type: ignore[attr-defined]
+
+
+_SCORED = frozenset({"log_prob", "log_prob_sum", "score_parts"})
+"""What an objective leaves in the sites of a guide's trace."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -30,6 +30,7 @@ import pyro.poutine.runtime as runtime
 import torch
 from pyro.distributions import Delta, Independent, Normal
 from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.condition_messenger import ConditionMessenger
@@ -69,7 +70,9 @@ __all__ = [
     "current_stack",
     "find_symmetric_draw",
     "is_real",
+    "replayed_by_flipout",
     "replayed_site",
+    "was_replayed_by_flipout",
 ]
 
 Message: TypeAlias = Any
@@ -101,12 +104,14 @@ class NoDraw:
     :ivar tell: whether the user would want to know.
     :ivar source: what the reason is about; one warning is given for each.
     :ivar joint: whether the value and another draw depend on each other.
+    :ivar inherent: whether it is so in every execution, under whatever handlers.
     """
 
     reason: str
     tell: bool = False
     source: str = ""
     joint: bool = False
+    inherent: bool = False
 
 
 class Stack:
@@ -196,9 +201,13 @@ def find_symmetric_draw(msg: Message, vouched: bool, stack: Stack) -> SymmetricD
             tell=True,
             source=msg["name"],
         )
+    if "_enumerate_dim" in msg["infer"]:
+        return NoDraw("it is drawn several times at once, as TraceTMC_ELBO does")
     replayed = replayed_site(msg, stack)
     if replayed is not None:
         return _replayed(msg, *replayed, stack)
+    if isinstance(msg["value"], ProvenanceTensor):
+        return NoDraw("what depends on it is tracked, as pyro.infer.inspect does")
     setter = _value_setter(msg["name"], vouched)
     if setter is not None:
         return setter
@@ -222,12 +231,17 @@ def _is_trial(msg: Message) -> bool:
 def replayed_site(msg: Message, stack: Stack) -> tuple[Message, Trace] | None:
     """The guide's site that the value was replayed from, and the guide's trace."""
     value = msg["value"]
+    tracked = isinstance(value, ProvenanceTensor)
     if type(value) is not Tensor:
-        value = getattr(value, "plain", value)
+        value = detach_provenance(value) if tracked else getattr(value, "plain", value)
     for frame in stack.replays:
         if frame.trace is not None:
             node = frame.trace.nodes.get(msg["name"])
-            if node is not None and node["value"] is value:
+            if node is None:
+                continue
+            given: Any = node["value"]
+            given = detach_provenance(given) if tracked else given
+            if given is value:
                 return node, frame.trace
     return None
 
@@ -265,14 +279,19 @@ def _drawn(msg: Message) -> SymmetricDraw | NoDraw:
     except NotSymmetricError as why:
         # Under a GuideMessenger `fn` is the posterior, whose support torch may not know.
         prior = msg["infer"].get("prior", fn)
-        return NoDraw(str(why), tell=is_real(prior), source=msg["name"])
+        real = is_real(prior)
+        return NoDraw(str(why), tell=real, source=msg["name"], inherent=not real)
     if _is_delta(fn):
-        return NoDraw("it is a Delta, which has no perturbation")
+        return NoDraw("it is a Delta, which has no perturbation", inherent=True)
     return SymmetricDraw(center, symmetric_delta(fn, value), fn)
 
 
 def _replayed(msg: Message, node: Message, trace: Trace, stack: Stack) -> SymmetricDraw | NoDraw:
-    fn, value = node["fn"], node["value"]
+    fn, value = node.get("fn"), node["value"]
+    if fn is None:
+        return NoDraw("the trace that is replayed does not say what it was drawn from")
+    if isinstance(msg["value"], ProvenanceTensor):
+        return _score_function(node) or _tracked(msg["name"], msg["value"])
     delta = symmetric_delta(fn, value)
     if delta is not None and value.requires_grad and stack.drawn_together(trace):
         return SymmetricDraw(without_events(fn).center_beside, delta, fn)
@@ -286,10 +305,11 @@ def _replayed(msg: Message, node: Message, trace: Trace, stack: Stack) -> Symmet
         center = symmetric_center(source["fn"])
     except NotSymmetricError as why:
         reason = f"the guide draws '{source['name']}' jointly or skewed: {why}"
-        return NoDraw(reason, is_real(msg["fn"]), source["name"])
+        real = is_real(msg["fn"])
+        return NoDraw(reason, real, source["name"], inherent=not real)
     if source is not node:
         center = _same_view(value, source["value"], center)
-    blocker = _score_function(source, center) or _entangled(node, source, graph)
+    blocker = _score_function(source) or _entangled(node, source, graph)
     if blocker is not None:
         return blocker
     if source is node:
@@ -304,7 +324,16 @@ def _no_source(msg: Message, value: Tensor, graph: _GuideGraph) -> NoDraw:
     if not names and value.grad_fn is not None:  # computed, but of what?
         names = graph.untracked
     if not names:
-        return NoDraw("the guide has a point there (a Delta), which has no perturbation")
+        return NoDraw(
+            "the guide has a point there (a Delta), which has no perturbation", inherent=True
+        )
+    support = _constraint(msg["fn"])
+    if support not in (None, constraints.real):
+        return NoDraw(
+            f"its support is constrained ({support}), and no flip of signs keeps it there; the "
+            "draw that all examples share is right, and there is nothing to do",
+            inherent=True,
+        )
     return NoDraw(
         f"the guide computes it from {names} in a way that flipout cannot see through; use a "
         "factorised guide such as AutoNormal",
@@ -331,7 +360,18 @@ def _same_view(view: Tensor, base: Tensor, center: Tensor) -> Tensor:
     return center.as_strided(view.shape, view.stride(), center.storage_offset() + offset)
 
 
-def _score_function(source: Message, center: Tensor) -> NoDraw | None:
+def _tracked(name: str, value: ProvenanceTensor) -> NoDraw:
+    """Refuses draws that depend on others without a reparametrised gradient."""
+    return NoDraw(
+        f"it depends on the guide's draws {sorted(map(str, get_provenance(value)))}, which are not "
+        f"reparametrised, so that TraceGraph_ELBO tracks it; draw '{name}' independently of them, "
+        "or hide it",
+        tell=True,
+        source=name,
+    )
+
+
+def _score_function(source: Message) -> NoDraw | None:
     """Refuses draws whose gradient is not that of a reparametrised sample."""
     value, fn = source["value"], source["fn"]
     if not torch.is_grad_enabled() or value.requires_grad:
@@ -339,8 +379,9 @@ def _score_function(source: Message, center: Tensor) -> NoDraw | None:
     if not any(t.requires_grad for t in _tensors(fn)):
         return None
     return NoDraw(
-        f"the guide's draw '{source['name']}' is not reparametrised (or detached), and a score-"
-        "function gradient needs one joint weight for the whole mini-batch",
+        f"the guide's draw '{source['name']}' is not reparametrised (or detached, as by "
+        "ReweightedWakeSleep), and a score-function gradient needs one joint weight for the whole "
+        "mini-batch",
         tell=True,
         source=source["name"],
     )
@@ -353,7 +394,7 @@ def _entangled(node: Message, source: Message, graph: _GuideGraph) -> NoDraw | N
     other: str | None
     for other in graph.dependents.get(source["name"], ()):
         # Autoguides cut an auxiliary draw into disjoint parts.
-        if other != name and not (auxiliary and _is_delta(graph.sites[other]["fn"])):
+        if other != name and not (auxiliary and _is_delta(graph.sites[other].get("fn"))):
             return NoDraw(depends(other, name), tell=True, source=name, joint=True)
     value = node["value"]
     if source is not node and not auxiliary:
@@ -443,19 +484,19 @@ class _GuideGraph:
         self.sites = {n: node for n, node in trace.nodes.items() if node["type"] == "sample"}
         outputs: dict[str, Any] = {}
         for name, node in self.sites.items():
-            value = node["value"]
+            value = node.get("value")
             if not isinstance(value, Tensor):
                 continue
             if (history := value.grad_fn) is not None:
                 outputs[name] = step = history, value.output_nr
                 self.draws[step] = name
-            if not node["is_observed"]:
+            if not node.get("is_observed"):
                 self._add(name, node, history)
         self.dependents: dict[str, list[str]] = {}
         if _drawn_together(trace):
             return
         for name, node in self.sites.items():
-            output, fn = outputs.get(name), without_events(node["fn"])
+            output, fn = outputs.get(name), without_events(node.get("fn"))
             hidden = output is not None and type(fn) not in _SHOW_ALL
             above = self.upstream(_tensors(fn), outputs[name][0].next_functions if hidden else ())
             if output is not None:
@@ -466,8 +507,8 @@ class _GuideGraph:
                     self.dependents.setdefault(source, []).append(name)
 
     def _add(self, name: str, node: Message, history: Any) -> None:
-        value, auxiliary = node["value"], node["infer"].get("is_auxiliary")
-        address, is_point = value.untyped_storage().data_ptr(), _is_delta(node["fn"])
+        value, auxiliary = node["value"], node.get("infer", {}).get("is_auxiliary")
+        address, is_point = value.untyped_storage().data_ptr(), _is_delta(node.get("fn"))
         if value.numel() and (is_point or not auxiliary):
             self.views.setdefault(address, []).append((name, value))
         if not is_point:
@@ -528,7 +569,7 @@ def _drawn_together(trace: Trace) -> bool:
     first = None
     for node in trace.nodes.values():
         if node["type"] == "sample":
-            draw = getattr(without_events(node["fn"]), "drawn_together", None)
+            draw = getattr(without_events(node.get("fn")), "drawn_together", None)
             if draw is None or first not in (None, draw):
                 return False
             first = draw
@@ -542,6 +583,31 @@ def forget_guides() -> None:
     """Looks at the traces of guides anew: their nodes may have been replaced."""
     if len(_GRAPHS):
         _GRAPHS.clear()
+
+
+_REPLAYED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+"""A value of each trace that a model was replayed of which flipout runs, by its ``id``."""
+
+
+def replayed_by_flipout(stack: Stack) -> None:
+    """Notes of which traces a model is replayed that flipout runs."""
+    for frame in stack.replays:
+        if frame.trace is not None:
+            value = next(_values(frame.trace), None)
+            if value is not None:
+                _REPLAYED[id(value)] = value
+
+
+def was_replayed_by_flipout(trace: Trace) -> bool:
+    """Whether a model that flipout runs was replayed of a trace, or of a copy of it."""
+    return any(_REPLAYED.get(id(value)) is value for value in _values(trace))
+
+
+def _values(trace: Trace) -> Iterator[Tensor]:
+    for node in trace.nodes.values():
+        value: Any = node.get("value")
+        if node["type"] == "sample" and isinstance(value, Tensor):
+            yield value
 
 
 def _guide_graph(trace: Trace) -> _GuideGraph:
@@ -591,10 +657,15 @@ def _is_delta(fn: Any) -> bool:
 
 def is_real(fn: Any) -> bool:
     """Whether the support of ``fn`` is unconstrained."""
+    return _constraint(fn) is constraints.real
+
+
+def _constraint(fn: Any) -> Any:
+    """The support of ``fn``, of one event; ``None`` if it is not known."""
     try:
         support = without_events(fn).support
     except (AttributeError, NotImplementedError):
-        return False
+        return None
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return support is constraints.real
+    return support

@@ -238,7 +238,12 @@ def _uses(weight: FlipoutTensor, own: dict[str, int], name: str, out: str) -> bo
         return name not in out
     if name not in out:
         return True
-    return any(codes.size(own[name]) > 1 for term in weight.terms for codes in term.codes)
+    return any(
+        codes.size(own[name]) > 1
+        for term in weight.terms
+        for source, codes in term.factors
+        if not source.shared
+    )
 
 
 @implements(

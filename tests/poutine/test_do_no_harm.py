@@ -1,17 +1,33 @@
 """Contract 4: what is no weight draw is bit for bit what it is without the handler."""
 
+import warnings
+
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
 import torch.nn.functional as F
-from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import (
+    MCMC,
+    NUTS,
+    SVI,
+    JitTrace_ELBO,
+    Predictive,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceTMC_ELBO,
+    config_enumerate,
+)
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.inspect import get_dependencies, get_model_relations
 from pyro.infer.mcmc.util import initialize_model
 from pyro.infer.reparam import LocScaleReparam
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.trace_struct import Trace
 
 from pyro_flipout import FlipoutTensor, FlipoutWarning, flipout
 from tests.helpers import Recording
@@ -167,13 +183,15 @@ def test_nuts_samples():
 
 
 def test_auto_delta_svi():
-    losses = []
-    for fn in (model, flipout(model)):
+    def train(fn):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         svi = SVI(fn, AutoDelta(model), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
-        losses.append([svi.step(X, Y) for _ in range(3)])
-    assert losses[0] == losses[1]
+        return [svi.step(X, Y) for _ in range(3)]
+
+    with pytest.warns(FlipoutWarning, match=r"no site .*\['w', 'v'\]: the guide has a point there"):
+        losses = train(flipout(model))
+    assert losses == train(model)
 
 
 def test_enumerated_discrete_site():
@@ -346,3 +364,103 @@ def test_intercept_straight_into_the_likelihood():
     t.compute_log_prob()
     mu = handler.seen["mu"].materialize(len(Y))
     torch.testing.assert_close(t.nodes["y"]["log_prob"], dist.Normal(mu, 1.0).log_prob(Y))
+
+
+# ------------------------------------------------------- what other inference has of its own
+
+
+class Score(dist.Normal):
+    has_rsample = False
+
+
+def scored(x, y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    s = pyro.sample("s", Score(0.0, 1.0))
+    sw = pyro.deterministic("sw", s * w)
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w + x @ sw, 1.0), obs=y)
+
+
+def score_guide(x, y):
+    s = pyro.sample("s", Score(pyro.param("sl", torch.tensor(0.0)), 1.0))
+    loc = pyro.param("wl", torch.zeros(3))
+    pyro.sample("w", dist.Normal(loc, 0.3).to_event(1))
+    return s
+
+
+def test_provenance_of_inspection():
+    flipped = flipout(scored)
+    assert get_dependencies(flipped, (X, Y)) == get_dependencies(scored, (X, Y))
+    assert get_model_relations(flipped, (X, Y)) == get_model_relations(scored, (X, Y))
+
+
+def test_provenance_of_score_functions():
+    handler = Recording()
+    elbo = TraceGraph_ELBO()
+    with pytest.warns(FlipoutWarning, match="'s' keeps its shared draw: .*not reparametrised"):
+        elbo.loss_and_grads(handler(scored), score_guide, X, Y)
+    assert handler.decisions["w"] == "flipped"
+    w = handler.seen["w"].materialize()
+    assert len(w.unique(dim=0)) > 1
+    trace = poutine.trace(score_guide).get_trace(X, Y)
+    track = track_provenance(trace.nodes["s"]["value"], frozenset("s"))
+    trace.nodes["s"]["value"] = track
+    t = poutine.trace(poutine.replay(handler(scored), trace=trace)).get_trace(X, Y)
+    w, s = handler.seen["w"].materialize(), detach_provenance(track)
+    expected = torch.einsum("ni,ni->n", X, w) * (1 + s)
+    torch.testing.assert_close(detach_provenance(t.nodes["y"]["fn"].loc), expected)
+    assert get_provenance(t.nodes["y"]["fn"].loc) == {"s"}
+
+
+def test_a_draw_that_depends_on_a_score_function():
+    def dependent(x, y):
+        s = pyro.sample("s", Score(pyro.param("sl", torch.tensor(0.0)), 1.0))
+        pyro.sample("w", dist.Normal(s.expand(3), 0.3).to_event(1))
+
+    elbo = TraceGraph_ELBO()
+    with pytest.warns(FlipoutWarning, match=r"'w' .*draws \['s'\], .*TraceGraph_ELBO tracks it"):
+        elbo.loss_and_grads(flipout(scored, hide=["s"]), dependent, X, Y)
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_sites_of_tensor_monte_carlo(expand):
+    options = {"enumerate": "parallel", "num_samples": 4, "expand": expand}
+
+    def plated(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0), infer=options)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x[:, 0] * w, 1.0), obs=y)
+
+    def guide(x, y):
+        loc = pyro.param("loc", torch.tensor(0.5))
+        pyro.sample("w", dist.Normal(loc, 1.0), infer=options)
+
+    losses = []
+    for fn in (plated, flipout(plated)):
+        pyro.set_rng_seed(0)
+        elbo = TraceTMC_ELBO(max_plate_nesting=1)
+        guides = guide, lambda *_: 0
+        losses.append([elbo.differentiable_loss(fn, g, X, Y).item() for g in guides])
+    assert losses[0] == losses[1]
+
+
+def test_a_replayed_trace_without_distributions():
+    trace = Trace()
+    for name, value in VALUES.items():
+        node = {"type": "sample", "is_observed": False, "infer": {}}
+        trace.add_node(name, name=name, value=value, **node)
+    bare, flipped = both(lambda fn: poutine.replay(fn, trace=trace), trace_of)
+    assert_same_trace(bare, flipped)
+
+
+@pytest.mark.parametrize("make", [AutoDelta, AutoNormal])
+def test_jit_has_the_warnings_of_the_bare_model(make):
+    warned = []
+    for fn in (model, flipout(model, hide=["w", "v"])):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss = JitTrace_ELBO().loss_and_grads(fn, make(model), X, Y)
+        warned.append((loss, [str(w.message) for w in caught]))
+    assert warned[0] == warned[1]

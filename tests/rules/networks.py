@@ -25,6 +25,13 @@ def flipped(module, execution=None, only=None):
     }
 
 
+def draw_codes(values):
+    """Draws the sign codes of weights now, as their first use would."""
+    for weight in values.values():
+        for draw in weight.draws:
+            draw.draw_codes()
+
+
 def by_example(module, values, *args, example_dim=0, **kwargs):
     """The module on the explicit weights of one example after the other.
 

@@ -280,14 +280,6 @@ def test_reentrant_checkpoint_with_weights_as_arguments_is_refused():
         out.sum().backward()
 
 
-def test_codes_are_drawn_with_the_weight():
-    """The first use consumes no random numbers, which a recomputation would not repeat."""
-    w, x = random_weight(2, 3), data(N, 3)
-    before = torch.get_rng_state()
-    F.linear(x, w)
-    assert torch.equal(before, torch.get_rng_state())
-
-
 # ------------------------------------------------------------------------------- exact
 
 

@@ -20,6 +20,7 @@ from pyro_flipout.rules._scan import Scan
 from pyro_flipout.tensor import Execution
 from tests.helpers import check_network
 from tests.rules.cases_recurrent import CASES
+from tests.rules.networks import draw_codes
 
 N, T, I, H = 5, 4, 3, 2  # noqa: E741
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]
@@ -166,6 +167,7 @@ def test_without_perturbation_it_is_torch(kind, batch_first, train):
     module = kind(I, H, dropout=0.4, **options).train(train)
     x = torch.randn(N, T, I) if batch_first else torch.randn(T, N, I)
     weights = flipped(module, 0.0, example_dim=0 if batch_first else 1)
+    draw_codes(weights)  # so that the calls draw the masks of dropout alone
     results = []
     for parameters in ({}, weights):
         torch.manual_seed(1)  # the masks of dropout too
