@@ -205,7 +205,6 @@ class LayerMessenger(FlipoutMessenger):
         self._execution.example_dim = wish
         return self._execution
 
-
     def _check_before(self) -> None:
         """Compares what the layers counted in their last execution with the plates of its trace.
 

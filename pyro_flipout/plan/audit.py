@@ -430,9 +430,7 @@ class Audit:
         )
         return self._run(probe)
 
-    def _again(
-        self, attempt: _Attempt, count: int, round: int, exchanged: bool = False
-    ) -> _Run:
+    def _again(self, attempt: _Attempt, count: int, round: int, exchanged: bool = False) -> _Run:
         router = RowsRouter(count, self.example_dim, attempt.choices)
         return self._flipped_run(attempt.sites, count, round, router, exchanged)
 
@@ -551,7 +549,9 @@ class _Comparison:
         first = (apart & ~second).amax(others, keepdim=True)
         any_second = second.amax(others, keepdim=True)
         if (first & any_second).any():
-            return f"{_MIXED}: the states of an enumerated variable see different weights in '{name}'"
+            return (
+                f"{_MIXED}: the states of an enumerated variable see different weights in '{name}'"
+            )
         for plate, dim in density.plates.items():
             rest = [d for d in range(second.dim()) if d != dim]
             kinds = torch.stack([t.amax(rest) if rest else t for t in (first, any_second)])

@@ -111,11 +111,9 @@ class Plan:
     def agrees(self, other: Plan) -> bool:
         """Whether two audits came to the same findings."""
         mine, theirs = self.verdict, other.verdict
-        return (
-            {s: f.flipped for s, f in mine.findings.items()}
-            == {s: f.flipped for s, f in theirs.findings.items()}
-            and all(theirs.choices.get(k, c) == c for k, c in mine.choices.items())
-        )
+        return {s: f.flipped for s, f in mine.findings.items()} == {
+            s: f.flipped for s, f in theirs.findings.items()
+        } and all(theirs.choices.get(k, c) == c for k, c in mine.choices.items())
 
     def prepare(self, execution: Execution, count: int | None, trusted: bool) -> None:
         """Gives an execution what is known of its examples."""
@@ -165,7 +163,10 @@ class Memory:
         """Keeps a plan."""
         count, plan.sizes = plan.verdict.num_examples, call.sizes
         plan.sources = [
-            (i, dim) for i, shape in enumerate(call.sizes) for dim, n in enumerate(shape) if n == count
+            (i, dim)
+            for i, shape in enumerate(call.sizes)
+            for dim, n in enumerate(shape)
+            if n == count
         ]
         self._plans.setdefault(call.exact, []).append(plan)
         if count is not None and count > 1:

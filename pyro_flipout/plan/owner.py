@@ -31,7 +31,15 @@ from pyro_flipout.tensor import Execution
 if TYPE_CHECKING:
     from pyro_flipout.poutine.flipout_messenger import FlipoutMessenger
 
-__all__ = ["NOT_OWNED", "PARTICLE_PLATES", "Planned", "keep_shared", "plan_of", "remember", "run_audit"]
+__all__ = [
+    "NOT_OWNED",
+    "PARTICLE_PLATES",
+    "Planned",
+    "keep_shared",
+    "plan_of",
+    "remember",
+    "run_audit",
+]
 
 PARTICLE_PLATES = frozenset({"num_particles_vectorized", "_num_predictive_samples"})
 
@@ -71,7 +79,11 @@ class Planned:
         finding = Finding(True, False, self.why_not)
         if self.plan is not None:
             finding = self.plan.findings[site]
-        return "flipped (verified)" if finding.verified else f"flipped (not verified: {finding.reason})"
+        return (
+            "flipped (verified)"
+            if finding.verified
+            else f"flipped (not verified: {finding.reason})"
+        )
 
     def prepare(self, execution: Execution) -> None:
         """Gives an execution what is known of its examples."""

@@ -65,9 +65,7 @@ def examples(
 class _Owners:
     """Decides the rows of the calls inside a block."""
 
-    def __init__(
-        self, owner: Tensor | PackedSequence, num_examples: int | None, dim: int
-    ) -> None:
+    def __init__(self, owner: Tensor | PackedSequence, num_examples: int | None, dim: int) -> None:
         if isinstance(owner, PackedSequence):
             num_examples = int(owner.batch_sizes[0]) if num_examples is None else num_examples
             owner = _packed_owners(owner)
