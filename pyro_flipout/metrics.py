@@ -46,7 +46,7 @@ def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
     :param labels: ``(*)``, integers.
     """
     probs, labels = _classes(probs, labels)
-    return float((probs.argmax(-1) == labels).mean())
+    return float(_reduce(probs.argmax(-1) == labels, "mean"))
 
 
 def nll(probs: ArrayLike, labels: ArrayLike, reduction: Reduction = "mean") -> Any:
@@ -103,6 +103,7 @@ def reliability(
     probs, labels = _classes(probs, labels)
     if bins < 1:
         raise ValueError(f"reliability: got bins={bins}, expected at least 1")
+    _check_examples(labels)
     confidence = probs.max(-1).ravel()
     right = (probs.argmax(-1) == labels).ravel()
     if adaptive:
@@ -172,9 +173,14 @@ def predictive_uncertainty(probs: ArrayLike) -> Uncertainty:
     Depeweg et al. 2018 (https://arxiv.org/abs/1710.07283).
 
     :param probs: ``(draws, *, classes)``, the class probabilities under each draw of the weights.
-    :raises ValueError: if they are none.
+    :raises ValueError: if they are not probabilities, or not at least one draw of them.
     """
     probs = _probabilities(probs)
+    if probs.ndim < 2 or len(probs) == 0:
+        raise ValueError(
+            f"predictive_uncertainty: got probs of shape {probs.shape}, expected (draws, *, "
+            "classes) with at least one draw; one draw of them is probs[None]"
+        )
     total, aleatoric = _entropy(probs.mean(0)), _entropy(probs).mean(0)
     return Uncertainty(total, aleatoric, np.maximum(total - aleatoric, 0.0))
 
@@ -264,8 +270,14 @@ def ood_scores(familiar: ArrayLike, unfamiliar: ArrayLike) -> OODScores:
     """
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-    scores = np.concatenate([_array(familiar).ravel(), _array(unfamiliar).ravel()])
-    labels = np.arange(len(scores)) >= np.size(_array(familiar))
+    known, unknown = _array(familiar).ravel(), _array(unfamiliar).ravel()
+    if not (known.size and unknown.size):
+        raise ValueError(
+            f"ood_scores: got {known.size} familiar and {unknown.size} unfamiliar scores, expected "
+            "at least one of each"
+        )
+    scores = np.concatenate([known, unknown])
+    labels = np.arange(len(scores)) >= len(known)
     rates, found, _ = roc_curve(labels, scores, drop_intermediate=False)
     return OODScores(
         float(roc_auc_score(labels, scores)),
@@ -288,11 +300,15 @@ def _ensemble(name: str, draws: Any, truth: Any) -> tuple[Array, Array]:
             f"{name}: got draws of shape {draws.shape} for truth of shape {truth.shape}, expected "
             "draws of shape (draws, *truth.shape)"
         )
+    if len(draws) == 0:
+        raise ValueError(f"{name}: got draws of shape {draws.shape}, expected at least one draw")
     return draws, truth
 
 
 def _probabilities(values: Any) -> Array:
     probs: Array = _array(values)
+    if probs.ndim == 0 or probs.shape[-1] == 0:
+        raise ValueError(f"got probs of shape {probs.shape}, expected (*, classes)")
     if np.any(probs < 0) or not np.allclose(probs.sum(-1), 1.0, atol=1e-3):
         raise ValueError("got probs that do not sum to 1; give probabilities, not logits")
     return probs
@@ -320,4 +336,12 @@ def _entropy(probs: Array) -> Array:
 def _reduce(values: Array, reduction: str) -> Any:
     if reduction not in ("mean", "none"):
         raise ValueError(f'got reduction={reduction!r}, expected "mean" or "none"')
-    return float(values.mean()) if reduction == "mean" else values
+    if reduction == "none":
+        return values
+    _check_examples(values)
+    return float(values.mean())
+
+
+def _check_examples(values: Array) -> None:
+    if values.size == 0:
+        raise ValueError(f"got no examples (shape {values.shape}), expected at least one")

@@ -185,3 +185,29 @@ def test_errors_name_what_is_wrong():
         metrics.ece(PROBS, LABELS, bins=0)
     with pytest.raises(ValueError, match="reduction='sum'"):
         metrics.nll(PROBS, LABELS, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda: metrics.predictive_uncertainty([0.2, 0.8]), r"shape \(2,\), expected \(draws, \*"),
+        (lambda: metrics.predictive_uncertainty(np.ones((0, 3, 1))), "at least one draw"),
+        (lambda: metrics.crps_ensemble(np.ones((0, 3)), np.ones(3)), "expected at least one"),
+        (lambda: metrics.interval_coverage(np.ones((0, 3)), np.ones(3)), "at least one draw"),
+        (lambda: metrics.crps_ensemble(np.ones((4, 0)), np.ones(0)), "no examples"),
+        (lambda: metrics.crps_gaussian(np.ones(0), np.ones(0), np.ones(0)), "no examples"),
+        (lambda: metrics.accuracy(np.ones((0, 2)), np.ones(0, int)), "no examples"),
+        (lambda: metrics.ece(np.ones((0, 2)), np.ones(0, int)), "no examples"),
+        (lambda: metrics.nll(np.ones((2, 0)), np.ones(2, int)), r"shape \(2, 0\), expected"),
+        (lambda: metrics.nll(0.5, 1), r"shape \(\), expected \(\*, classes"),
+        (lambda: metrics.ood_scores([], [1.0]), "got 0 familiar and 1 unfamiliar scores"),
+        (lambda: metrics.ood_scores([1.0], []), "got 1 familiar and 0 unfamiliar scores"),
+    ],
+)  # fmt: skip
+def test_no_draws_or_examples_to_score(score, message):
+    with pytest.raises(ValueError, match=message):
+        score()
+
+
+def test_no_examples_have_no_scores():
+    assert metrics.nll(np.ones((0, 2)), np.ones(0, int), reduction="none").shape == (0,)
