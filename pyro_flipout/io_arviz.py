@@ -82,8 +82,8 @@ def to_arviz(
     :param guide: as given to SVI.
     :param args: arguments of ``svi.step``; or one loader (or iterator) of batches. A batch is a
         dict of keyword arguments or a tuple of positional ones; if the model's signature does not
-        take these, it is the model's one argument. A model that takes its own mini-batches, in a plate with
-        ``subsample_size``, is walked through all its data.
+        take these, it is the model's one argument. A model that takes its own mini-batches, in a
+        plate with ``subsample_size``, is walked through all its data.
     :param int num_samples: number of draws.
     :param num_prior_samples: the same for the prior, by default as many; 0 omits its groups.
     :param predictions: new inputs: a tensor, a tuple or dict as above, or a loader.
