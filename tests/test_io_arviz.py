@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_flipout import FlipoutError, FlipoutWarning, flipout, to_arviz
+from pyro_flipout._arviz_groups import Variable, build
 from pyro_flipout.vi_quality import importance_resample, vi_quality
 from tests.arviz_names import PLOTS, datasets, elpd, elpd_lost, elpd_terms
 from tests.helpers import bayesian, mlp
@@ -647,29 +648,48 @@ def test_khat_of_the_exact_posterior_and_of_a_narrow_one(float64):
     assert abs(after - truth) < 0.5 * abs(before - truth)
 
 
-@pytest.mark.parametrize("num_samples", [300, 4000])
-@pytest.mark.parametrize("num_data", [1, 40])
-def test_the_exact_posterior_is_good_in_float32(num_samples, num_data):
-    """Conjugate normal: the ratio is the evidence, up to a rounding that has few values."""
-    y = data(num_data)[1]
-    precision = 1.0 + num_data
+def normal(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
-    def normal(y):
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
-    def posterior(y):
-        pyro.sample("mu", dist.Normal(y.sum() / precision, precision**-0.5))
+def posterior_of(y):
+    """That of ``mu``, and the log evidence."""
+    precision = 1.0 + len(y)
+    evidence = dist.MultivariateNormal(torch.zeros(len(y)), torch.eye(len(y)) + 1.0).log_prob(y)
+    return dist.Normal(y.sum() / precision, precision**-0.5), evidence.item()
 
-    idata = call(posterior, y, model=normal, num_samples=num_samples, num_prior_samples=0)
+
+def check_exact(idata, evidence, num_samples):
+    """The ratio is the evidence, up to a rounding that has few values."""
+    ratio = idata["sample_stats"]["log_p"] - idata["sample_stats"]["log_q"]
+    np.testing.assert_allclose(ratio, evidence, rtol=1e-5)
+    assert 1 < len(np.unique(ratio)) < num_samples
     found = vi_quality(idata)
     assert (found.khat, found.verdict) == (-np.inf, "good")
     assert found.effective_draws == pytest.approx(num_samples)
-    covariance = torch.eye(num_data) + 1.0
-    evidence = dist.MultivariateNormal(torch.zeros(num_data), covariance).log_prob(y).item()
-    ratio = idata["sample_stats"]["log_p"] - idata["sample_stats"]["log_q"]
-    np.testing.assert_allclose(ratio, evidence, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_data", [1, 40])
+def test_the_exact_posterior_is_good_in_float32(num_data):
+    y = data(num_data)[1]
+    posterior, evidence = posterior_of(y)
+    guide = lambda y: pyro.sample("mu", posterior)  # noqa: E731
+    idata = call(guide, y, model=normal, num_samples=300, num_prior_samples=0)
+    check_exact(idata, evidence, 300)
+
+
+@pytest.mark.parametrize("num_data", [1, 40])
+def test_the_exact_posterior_is_good_with_many_draws(num_data):
+    """Densities as above, but of 4,000 draws at once."""
+    y = data(num_data)[1]
+    posterior, evidence = posterior_of(y)
+    mu = posterior.sample((4000,))
+    log_p = dist.Normal(0.0, 1.0).log_prob(mu) + dist.Normal(mu[:, None], 1.0).log_prob(y).sum(1)
+    stats = {"log_p": log_p, "log_q": posterior.log_prob(mu)}
+    made = build({"sample_stats": {k: Variable(v.double().numpy(), ()) for k, v in stats.items()}})
+    check_exact(made, evidence, 4000)
 
 
 # ----------------------------------------------------------------------- two fitted models
