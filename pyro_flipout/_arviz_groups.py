@@ -168,14 +168,13 @@ def groups_of(idata: Any) -> Iterator[tuple[str, Any]]:
 def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     r"""Pareto-smoothed importance sampling by ArviZ.
 
-    :param log_weights: ``(draw,)``.
+    :param log_weights: ``(draw,)``; :func:`pyro_flipout.vi_quality.vi_quality` says which of them
+        have a tail to fit.
     :returns: normalised smoothed log weights ``(draw,)``, and the shape :math:`\hat k`.
     """
     import arviz as az
 
     log_weights = np.array(log_weights, dtype=float)
-    if np.ptp(log_weights) < 1e-9:  # no tail to fit
-        return np.full(len(log_weights), -np.log(len(log_weights))), -np.inf
     if has_inference_data():
         smoothed, khat = az.psislw(log_weights)
     else:

@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_flipout._arviz_runs import Batch, rows_of
+from pyro_flipout._arviz_runs import Batch, rows_of, signature_of
 
-__all__ = ["as_tuple", "draw_seeds", "examples_site", "inputs_of", "length_of"]
+__all__ = ["draw_seeds", "examples_site", "inputs_of", "length_of"]
 
 
 def examples_site(
@@ -32,19 +31,24 @@ def examples_site(
 
 def inputs_of(model: Callable[..., Any], batch: Batch) -> dict[str, Tensor]:
     """The tensors among the arguments, by the names that the model has for them."""
-    forward = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        bound = inspect.signature(forward).bind(*batch.args, **batch.kwargs).arguments
-    except (TypeError, ValueError):
-        bound = {"args": batch.args, "kwargs": batch.kwargs}
+    bound: Mapping[str, Any] = {"args": batch.args, "kwargs": batch.kwargs}
+    signature = signature_of(model)
+    if signature is not None:
+        with contextlib.suppress(TypeError):
+            bound = signature.bind(*batch.args, **batch.kwargs).arguments
+    return _tensors_in(bound)
+
+
+def _tensors_in(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors in nested dicts (by their keys), tuples and lists (by their positions)."""
     found: dict[str, Tensor] = {}
-    for name, value in bound.items():
+    for name, value in values.items():
         if isinstance(value, Tensor):
             found[name] = value
-        elif isinstance(value, tuple):
-            found |= {f"{name}_{i}": v for i, v in enumerate(value) if isinstance(v, Tensor)}
-        elif isinstance(value, dict):
-            found |= {k: v for k, v in value.items() if isinstance(v, Tensor)}
+        elif isinstance(value, (tuple, list)):
+            found |= _tensors_in({f"{name}_{i}": v for i, v in enumerate(value)})
+        elif isinstance(value, Mapping):
+            found |= _tensors_in({str(k): v for k, v in value.items()})
     return found
 
 
@@ -52,11 +56,6 @@ def draw_seeds(rng: np.random.Generator, num: int) -> list[int]:
     """Seeds for torch's generator."""
     found: list[int] = rng.integers(2**63, size=num).tolist()
     return found
-
-
-def as_tuple(value: Any) -> tuple[Any, ...]:
-    """Positional arguments from one argument or several."""
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def length_of(loader: Any) -> int | None:

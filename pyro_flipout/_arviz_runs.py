@@ -9,6 +9,7 @@ the first batch's arguments, so that all batches see the same weights.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 import torch
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -38,10 +40,13 @@ __all__ = [
     "Batch",
     "Program",
     "Run",
+    "batch_of",
     "batches_of",
+    "check_not_empty",
     "is_loader",
     "loader_batches",
     "rows_of",
+    "signature_of",
     "subsample_batches",
 ]
 
@@ -67,18 +72,63 @@ def rows_of(batch: Batch, batch_dim: int = 0) -> int | None:
     return None
 
 
+def check_not_empty(what: str, batch: Batch) -> None:
+    """Arguments must have a tensor with elements, if they have tensors."""
+    tensors = [t for t in tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor)]
+    if tensors and all(t.numel() == 0 for t in tensors):
+        raise ValueError(
+            f"to_arviz: {what} hold no data: tensors of shape "
+            f"{[tuple(t.shape) for t in tensors]}; expected at least one example"
+        )
+
+
 def is_loader(args: tuple[Any, ...]) -> bool:
     """Whether the arguments are one loader of batches."""
     return len(args) == 1 and isinstance(args[0], (DataLoader, Iterator))
 
 
-def loader_batches(loader: Iterable[Any], kwargs: dict[str, Any]) -> Iterator[Batch]:
+def loader_batches(
+    loader: Iterable[Any], kwargs: dict[str, Any], model: Callable[..., Any]
+) -> Iterator[Batch]:
     """The arguments that each batch of a loader stands for."""
     for item in loader:
-        if isinstance(item, dict):
-            yield Batch((), {**kwargs, **item})
-        else:
-            yield Batch(tuple(item) if isinstance(item, (tuple, list)) else (item,), kwargs)
+        yield batch_of(item, kwargs, model)
+
+
+def batch_of(item: Any, kwargs: dict[str, Any], model: Callable[..., Any]) -> Batch:
+    """The arguments that one batch stands for, as the model's signature takes them.
+
+    A dict holds keyword arguments, a tuple or list positional ones, unless the model cannot be
+    called with these but with ``item`` itself, as its one positional argument.
+    """
+    whole = Batch((item,), kwargs)
+    if isinstance(item, Mapping):
+        named = all(isinstance(key, str) for key in item)
+        spread = Batch((), {**kwargs, **item}) if named else whole
+    elif isinstance(item, (tuple, list)):
+        spread = Batch(tuple(item), kwargs)
+    else:
+        return whole
+    signature = signature_of(model)
+    return whole if not _accepts(signature, spread) and _accepts(signature, whole) else spread
+
+
+def signature_of(model: Callable[..., Any]) -> inspect.Signature | None:
+    """The signature of a model, or of a module's ``forward``, if Python knows it."""
+    try:
+        return inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
+    except (TypeError, ValueError):
+        return None
+
+
+def _accepts(signature: inspect.Signature | None, batch: Batch) -> bool:
+    if signature is None:
+        return False
+    try:
+        signature.bind(*batch.args, **batch.kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def batches_of(whole: Batch, batch_size: int, batch_dim: int = 0) -> Iterator[Batch]:
@@ -138,6 +188,11 @@ class Program:
                     fn(*batch.args, **batch.kwargs)
         return tracer.trace
 
+    def guide_trace(self, batch: Batch, replay: Trace | None = None) -> Trace:
+        """Runs the guide; one that runs the model itself is asked for its part of the trace."""
+        trace = self.trace(self.guide, batch, replay)
+        return self.guide.get_traces()[1] if isinstance(self.guide, GuideMessenger) else trace
+
     def globals_of(self, trace: Trace) -> Trace:
         """The draws that do not belong to single examples."""
         kept = Trace()
@@ -155,12 +210,12 @@ class Program:
         """
         torch.manual_seed(seed)
         with torch.set_grad_enabled(self.per_example):  # flipout reads the guide's history
-            guide = self.trace(self.guide, first)
+            guide = self.guide_trace(first)
             torch.manual_seed(noise)
             if batch is not first:
                 draws = self.globals_of(guide)
                 local = any(in_plate(s, self.plate) for _, s in sample_sites(guide))
-                guide = self.trace(self.guide, batch, draws) if local and not new else draws
+                guide = self.guide_trace(batch, draws) if local and not new else draws
             program = flipout(self.model) if self.per_example else self.model
             scored = None if new else self.trace(program, batch, guide)
             predicted = self.trace(Unobserve()(program), batch, guide)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_struct import Trace
 
 from pyro_flipout._arviz_groups import Variable
 from pyro_flipout._arviz_inputs import (
-    as_tuple,
     draw_seeds,
     examples_site,
     inputs_of,
@@ -27,7 +27,9 @@ from pyro_flipout._arviz_runs import (
     Batch,
     Program,
     Run,
+    batch_of,
     batches_of,
+    check_not_empty,
     is_loader,
     loader_batches,
     rows_of,
@@ -35,13 +37,16 @@ from pyro_flipout._arviz_runs import (
 )
 from pyro_flipout._arviz_sites import (
     check_guide,
+    check_observed,
     data_frame,
     event_dim_of,
     in_plate,
     is_deterministic,
     is_latent,
     is_observation,
+    observations,
     sample_sites,
+    swapped,
     unscaled_log_prob,
 )
 from pyro_flipout._arviz_store import Group, Policy
@@ -89,7 +94,10 @@ class Sampler:
                 run = self.program.prior(first, batch, self.prior_seeds[s], noise[1][s])
                 self._store_predicted(run, batch, b, s, total or 1, ("prior", "prior_predictive"))
             self._storeinputs_of("constant_data", batch, b, total or 1, bool(batch.subsample))
+            if b == 0 and predictions is None:
+                self._check_dims()
         self._predict(first, predictions, rng)
+        self._check_dims()
         posterior = self._group("posterior")
         posterior.left_out |= self.stores["constant_data"].left_out
         posterior.tell()
@@ -99,13 +107,14 @@ class Sampler:
         if is_loader(self.whole.args):
             if self.batch_size is not None:
                 raise ValueError("to_arviz: got batch_size and a loader, expected one of them")
-            batches = loader_batches(self.whole.args[0], self.whole.kwargs)
+            batches = loader_batches(self.whole.args[0], self.whole.kwargs, self.program.model)
             first = next(batches, None)
             if first is None:
                 raise ValueError("to_arviz: the loader is empty")
             self._examine(first)
             return first, itertools.chain([first], batches), length_of(self.whole.args[0])
         first = self.whole
+        check_not_empty("the arguments", first)
         if self.batch_size is not None:
             first = next(batches_of(self.whole, self.batch_size, self.batch_dim))
         frame = self._examine(first)
@@ -120,16 +129,15 @@ class Sampler:
 
     def _examine(self, batch: Batch) -> Any:
         """Runs once to learn the sites; finds the plate that counts the examples."""
+        check_not_empty("the arguments", batch)
+        if isinstance(self.program.model, GuideMessenger):
+            raise swapped("is a guide")
         with torch.no_grad():
-            guide = self.program.trace(self.program.guide, batch)
+            guide = self.program.guide_trace(batch)
             trace = self.program.trace(self.program.model, batch, guide)
-        observed = {name: site for name, site in sample_sites(trace) if is_observation(site)}
+        observed = observations(trace)
         self.observed = set(observed)
-        if not self.observed:
-            raise ValueError(
-                "to_arviz: the model observes nothing when called with these arguments; give "
-                "those of svi.step, the observed values among them"
-            )
+        check_observed(observed, observations(guide))
         check_guide(trace, guide)
         frame = data_frame(trace, rows_of(batch, self.batch_dim), self.data_plate)
         self.program.plate = plate = None if frame is None else frame.name
@@ -149,7 +157,7 @@ class Sampler:
         if not self._outside:
             return
         with torch.no_grad():
-            guide = self.program.trace(self.program.guide, batch)
+            guide = self.program.guide_trace(batch)
             trace = self.program.trace(self.program.model, batch, guide)
         for name, value in self._outside.items():
             now = trace.nodes[name]["value"] if name in trace.nodes else None
@@ -160,24 +168,36 @@ class Sampler:
                     "examples; put it into that plate, or give all data at once"
                 )
 
+    def _check_dims(self) -> None:
+        """The user's names of dimensions must be of variables that there are."""
+        known = {name for store in self.stores.values() for name in store.names}
+        unknown = sorted(set(self.dims) - known)
+        if unknown:
+            raise ValueError(
+                f"to_arviz: dims names the dimensions of {unknown}, expected some of the sites and "
+                f"tensor arguments {sorted(known)}"
+            )
+
     def _predict(self, first: Batch, inputs: Any, rng: np.random.Generator) -> None:
         if inputs is None:
             return
         batches, total = self._new_batches(inputs)
         for b, batch in enumerate(batches):
+            check_not_empty("predictions", batch)
             noise = draw_seeds(rng, self.num_samples)
             for s in self._bar(self.num_samples, "predictions", b, total):
                 run = self.program.posterior(first, batch, self.seeds[s], noise[s], new=True)
                 self._store_predicted(run, batch, b, s, total or 1, ("", "predictions"))
             self._storeinputs_of("predictions_constant_data", batch, b, total or 1, own=False)
+        if "predictions_constant_data" not in self.stores:
+            raise ValueError("to_arviz: the loader of predictions is empty")
 
     def _new_batches(self, inputs: Any) -> tuple[Iterable[Batch], int | None]:
+        model = self.program.model
         if is_loader((inputs,)):
-            return loader_batches(inputs, {}), length_of(inputs)
-        batch = (
-            Batch((), dict(inputs)) if isinstance(inputs, Mapping) else Batch(as_tuple(inputs), {})
-        )
-        if self.batch_size is None:
+            return loader_batches(inputs, {}, model), length_of(inputs)
+        batch = batch_of(inputs, {}, model)
+        if self.batch_size is None or rows_of(batch, self.batch_dim) == 0:
             return [batch], 1
         cut = list(batches_of(batch, self.batch_size, self.batch_dim))
         return cut, len(cut)

@@ -22,13 +22,16 @@ __all__ = [
     "SetSubsample",
     "Unobserve",
     "check_guide",
+    "check_observed",
     "data_frame",
     "event_dim_of",
     "in_plate",
     "is_deterministic",
     "is_latent",
     "is_observation",
+    "observations",
     "sample_sites",
+    "swapped",
     "unscaled_log_prob",
 ]
 
@@ -153,6 +156,34 @@ def data_frame(trace: Trace, rows: int | None, name: str | None) -> Any | None:
             f"to_arviz: each of the plates {names} may count the examples; name one as data_plate"
         )
     return found[0] if found else None
+
+
+def observations(trace: Trace) -> dict[str, Site]:
+    """The observed sites of a trace, by name."""
+    return {name: site for name, site in sample_sites(trace) if is_observation(site)}
+
+
+def check_observed(model: Mapping[str, Site], guide: Mapping[str, Site]) -> None:
+    """The model must observe something.
+
+    :param model: what the model observes.
+    :param guide: what the guide observes, which should be nothing.
+    """
+    if not model and guide:
+        raise swapped(f"observes nothing and the second one observes {sorted(guide)}")
+    if not model:
+        raise ValueError(
+            "to_arviz: the model observes nothing when called with these arguments; give "
+            "those of svi.step, the observed values among them"
+        )
+
+
+def swapped(found: str) -> ValueError:
+    """The error for ``to_arviz(guide, model)``."""
+    return ValueError(
+        f"to_arviz: the first program {found}: model and guide seem to be swapped; expected "
+        "to_arviz(model, guide, ...)"
+    )
 
 
 def check_guide(model: Trace, guide: Trace) -> None:

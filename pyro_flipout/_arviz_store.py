@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -72,6 +72,11 @@ class Group:
     _moments: dict[tuple[str, int], tuple[int, np.ndarray, np.ndarray]] = field(
         default_factory=dict
     )
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The variables that were put here, left out or not."""
+        return self._names
 
     def put(
         self,

@@ -80,12 +80,13 @@ def to_arviz(
     :param model: as given to SVI, with or without :func:`flipout`. Put modules in ``eval`` mode
         first if they have dropout or batch normalisation.
     :param guide: as given to SVI.
-    :param args: arguments of ``svi.step``; or one loader (or iterator) of batches, each a tuple
-        or dict of them. A model that takes its own mini-batches, in a plate with
-        ``subsample_size``, is walked through all its data.
+    :param args: arguments of ``svi.step``; or one loader (or iterator) of batches. A batch is a
+        dict of keyword arguments or a tuple of positional ones; if the model's signature does not
+        take these, it is the model's one argument. A model that takes its own mini-batches, in a
+        plate with ``subsample_size``, is walked through all its data.
     :param int num_samples: number of draws.
     :param num_prior_samples: the same for the prior, by default as many; 0 omits its groups.
-    :param predictions: new inputs: a tensor, tuple or dict of arguments, or a loader.
+    :param predictions: new inputs: a tensor, a tuple or dict as above, or a loader.
     :param bool per_example: flipout's draws in place of coherent ones; no ``sample_stats``, which
         need a joint density.
     :param batch_size: cuts the tensor arguments, new inputs too, into batches of so many examples.
@@ -105,7 +106,8 @@ def to_arviz(
     :param kwargs: keyword arguments of ``svi.step``. (If the model has one of the names above,
         bind it with ``functools.partial`` to model and guide.)
     :returns: an ``arviz.InferenceData`` (ArviZ 0.x) or ``xarray.DataTree`` (ArviZ 1.x).
-    :raises ValueError: if arguments contradict each other or the model's plates.
+    :raises ValueError: if arguments contradict each other or the model's plates, are empty, name
+        dimensions of unknown variables, or if model and guide are swapped.
     :raises FlipoutError: if the guide leaves out a latent site of the model.
     """
     names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)

@@ -176,13 +176,13 @@ def predictive_uncertainty(probs: ArrayLike) -> Uncertainty:
     Depeweg et al. 2018 (https://arxiv.org/abs/1710.07283).
 
     :param probs: ``(draws, *, classes)``, the class probabilities under each draw of the weights.
-    :raises ValueError: if they are none, or there are no draws.
+    :raises ValueError: if they are not probabilities, or not at least one draw of them.
     """
     probs = _probabilities(probs)
-    if probs.ndim < 2 or not len(probs):
+    if probs.ndim < 2 or len(probs) == 0:
         raise ValueError(
             f"predictive_uncertainty: got probs of shape {probs.shape}, expected (draws, *, "
-            "classes) with at least one draw"
+            "classes) with at least one draw; one draw of them is probs[None]"
         )
     total, aleatoric = _entropy(probs.mean(0)), _entropy(probs).mean(0)
     return Uncertainty(total, aleatoric, np.maximum(total - aleatoric, 0.0))
@@ -305,13 +305,15 @@ def _ensemble(name: str, draws: Any, truth: Any) -> tuple[Array, Array]:
             f"{name}: got draws of shape {draws.shape} for truth of shape {truth.shape}, expected "
             "draws of shape (draws, *truth.shape), and at least one"
         )
+    if len(draws) == 0:
+        raise ValueError(f"{name}: got draws of shape {draws.shape}, expected at least one draw")
     return draws, truth
 
 
 def _probabilities(values: Any) -> Array:
     probs: Array = _array(values)
-    if not probs.ndim:
-        raise ValueError("got probs that are a single number, expected shape (*, classes)")
+    if probs.ndim == 0 or probs.shape[-1] == 0:
+        raise ValueError(f"got probs of shape {probs.shape}, expected (*, classes)")
     if np.any(probs < 0) or not np.allclose(probs.sum(-1), 1.0, atol=1e-3):
         raise ValueError("got probs that do not sum to 1; give probabilities, not logits")
     return probs

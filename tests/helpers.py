@@ -105,3 +105,8 @@ def check_network(net, guide_class, *args, prefix="", tol=1e-9, handler=None, ex
     for a, b in zip(actual, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=tol, rtol=tol)
     return handler
+
+
+def kinds(decisions):
+    """Decisions of a handler, by site, without what they say behind the first word."""
+    return {site: decision.partition(" ")[0].rstrip(":") for site, decision in decisions.items()}

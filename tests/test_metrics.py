@@ -241,3 +241,74 @@ def test_errors_name_what_is_wrong():
         metrics.ece(PROBS, LABELS, bins=0)
     with pytest.raises(ValueError, match="reduction='sum'"):
         metrics.nll(PROBS, LABELS, reduction="sum")
+
+
+def test_no_examples_have_no_scores():
+    for score in (metrics.nll, metrics.brier):
+        assert score(*NONE, reduction="none").shape == (0,)
+    assert metrics.predictive_uncertainty(np.zeros((5, 0, 3))).total.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda: metrics.predictive_uncertainty([0.5, 0.5]), r"\(2,\), expected \(draws, \*, cla"),
+        (lambda: metrics.accuracy(1.0, 0), "a single number, expected shape"),
+        (lambda: metrics.ece(PROBS, LABELS, bins=2.5), "bins=2.5, expected at least 1, an integer"),
+        (lambda: metrics.adaptive_ece(PROBS, LABELS, bins="3"), "bins='3'"),
+        (lambda: metrics.interval_coverage(PROBS, PROBS[0], "0.9"), "level='0.9', expected"),
+        (lambda: metrics.interval_coverage(PROBS, PROBS[0], math.nan), "level=nan, expected"),
+        (lambda: metrics.crps_gaussian(0.0, math.nan, LABELS), "a scale of nan"),
+        (lambda: metrics.ood_scores([0.0, math.nan], [1.0]), "2 familiar scores, of which 1 are"),
+        (lambda: metrics.ood_scores([0.0], [math.inf]), "1 unfamiliar scores, of which 0 are"),
+    ],
+)
+def test_values_out_of_range(score, message):
+    with pytest.raises(ValueError, match=message):
+        score()
+
+
+def test_a_single_example_is_enough():
+    assert metrics.accuracy(PROBS[0], 0) == 1.0
+    assert metrics.predictive_uncertainty(PROBS).total.shape == ()
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match="probabilities, not logits"):
+        metrics.predictive_uncertainty(np.array([[[2.0, -1.0]]]))
+    with pytest.raises(ValueError, match="probabilities, not logits"):
+        metrics.nll(np.array([[2.0, -1.0]]), np.array([0]))
+    with pytest.raises(ValueError, match="labels of shape"):
+        metrics.accuracy(PROBS, LABELS[:2])
+    with pytest.raises(ValueError, match="outside 0 to 2"):
+        metrics.accuracy(PROBS, LABELS + 1)
+    with pytest.raises(ValueError, match="bins=0"):
+        metrics.ece(PROBS, LABELS, bins=0)
+    with pytest.raises(ValueError, match="reduction='sum'"):
+        metrics.nll(PROBS, LABELS, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda: metrics.predictive_uncertainty([0.2, 0.8]), r"shape \(2,\), expected \(draws, \*"),
+        (lambda: metrics.predictive_uncertainty(np.ones((0, 3, 1))), "at least one draw"),
+        (lambda: metrics.crps_ensemble(np.ones((0, 3)), np.ones(3)), "expected at least one"),
+        (lambda: metrics.interval_coverage(np.ones((0, 3)), np.ones(3)), "at least one draw"),
+        (lambda: metrics.crps_ensemble(np.ones((4, 0)), np.ones(0)), "no examples"),
+        (lambda: metrics.crps_gaussian(np.ones(0), np.ones(0), np.ones(0)), "no examples"),
+        (lambda: metrics.accuracy(np.ones((0, 2)), np.ones(0, int)), "no examples"),
+        (lambda: metrics.ece(np.ones((0, 2)), np.ones(0, int)), "no examples"),
+        (lambda: metrics.nll(np.ones((2, 0)), np.ones(2, int)), r"shape \(2, 0\), expected"),
+        (lambda: metrics.nll(0.5, 1), r"shape \(\), expected \(\*, classes"),
+        (lambda: metrics.ood_scores([], [1.0]), "got 0 familiar and 1 unfamiliar scores"),
+        (lambda: metrics.ood_scores([1.0], []), "got 1 familiar and 0 unfamiliar scores"),
+    ],
+)  # fmt: skip
+def test_no_draws_or_examples_to_score(score, message):
+    with pytest.raises(ValueError, match=message):
+        score()
+
+
+def test_no_examples_have_no_scores():
+    assert metrics.nll(np.ones((0, 2)), np.ones(0, int), reduction="none").shape == (0,)

@@ -71,6 +71,7 @@ class Verdict:
         relative to that of the two draws.
     :ivar elements: for each observed site, how many elements see W*, of how many that could.
     :ivar runs: how often the model was run.
+    :ivar others: what holds for sites that the audit did not meet.
     """
 
     num_examples: int | None
@@ -79,6 +80,11 @@ class Verdict:
     largest: dict[str, float] = field(default_factory=dict)
     elements: dict[str, tuple[int, int]] = field(default_factory=dict)
     runs: int = 0
+    others: Finding | None = None
+
+    def of(self, site: str) -> Finding | None:
+        """What was found of a site, or of all that were not met."""
+        return self.findings.get(site, self.others)
 
 
 class _Failed(Exception):
@@ -173,7 +179,7 @@ class Audit:
         if not observed:
             return self._unverified(sites, None, "nothing is observed")
         if sizes and max(sizes) <= 1:
-            return Verdict(1, {s: Finding(True, True) for s in sites}, runs=self.runs)
+            return Verdict(None, {s: Finding(True, True) for s in sites}, runs=self.runs)
         candidates = [size for size in sizes if size > 1]
         try:
             return self._search_sizes(sites, candidates)
@@ -373,14 +379,18 @@ class Audit:
         )
         want, got = (_grad(total, leaves) for total in (expected, found))
         wrong, unseen = {}, set()
+        largest = max((float(g.abs().max()) for g in want if g.numel()), default=0.0)
+        floor = comparison.noise(largest)
         for i, name in enumerate(names):
             (of_center, of_delta), pair = want[2 * i : 2 * i + 2], got[2 * i : 2 * i + 2]
-            size = max(float(of_center.abs().max()), float(of_delta.abs().max()), 1e-300)
-            tolerance = comparison.relative * size
+            if not of_center.numel():
+                continue
+            size = max(float(of_center.abs().max()), float(of_delta.abs().max()))
+            tolerance = comparison.relative * size + floor
             if not float((of_delta - of_center).abs().max()) > tolerance:
                 unseen.add(name)
             for what, a, b in zip(("center", "delta"), (of_center, of_delta), pair, strict=True):
-                difference = float((a - b).abs().max()) if a.numel() else 0.0
+                difference = float((a - b).abs().max())
                 if not difference <= 5 * tolerance:
                     wrong[name] = (
                         f"the gradient with respect to the {what} of '{name}' is not the sum of "
@@ -515,6 +525,10 @@ class _Comparison:
         #: Relative tolerance of what is not rounding alone.
         self.relative = max(2e-3 * (self._eps / 1.2e-7) ** 0.5, 1e-7)
 
+    def noise(self, size: float) -> float:
+        """What rounding alone may change in sums of numbers of a size."""
+        return 300 * self._eps * size
+
     def check(self, found: Densities) -> dict[str, str]:
         """What differs, by observed site."""
         wrong = {name: f"'{name}' is not met" for name in self.bare if name not in found}
@@ -612,7 +626,7 @@ class _Comparison:
         a, b = a.detach(), b.detach()
         finite = torch.cat([t[t.isfinite()].abs().flatten() for t in (a, b)])
         size = float(finite.max()) if finite.numel() else 0.0
-        return self.relative * _distance(a, b) + 300 * self._eps * size
+        return self.relative * _distance(a, b) + self.noise(size)
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def isolated() -> Iterator[Isolated]:
     stack = list(runtime._PYRO_STACK)
     hook = register_module_forward_pre_hook(before_forward)
     try:
-        runtime._PYRO_STACK[:] = [f for f in stack if not isinstance(f, TraceMessenger)]
+        runtime._PYRO_STACK[:] = [f for f in stack if not _is_left_out(f)]
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             yield state
@@ -103,6 +103,11 @@ def isolated() -> Iterator[Isolated]:
         hook.remove()
         runtime._PYRO_STACK[:] = stack
         state.restore()
+
+
+def _is_left_out(frame: Messenger) -> bool:
+    """Whether a handler records what is run, or would flip it."""
+    return isinstance(frame, TraceMessenger) or hasattr(frame, "_probe")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

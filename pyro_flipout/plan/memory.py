@@ -18,6 +18,8 @@ from typing import Any
 import pyro.poutine.runtime as runtime
 import torch
 from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
@@ -59,13 +61,22 @@ class Call:
             else:
                 exact.append(leaf if isinstance(leaf, (int, str, type(None))) else type(leaf))
                 kinds.append(type(leaf))
-        stack = tuple(
-            (type(f), f.name, f.size) if isinstance(f, IndepMessenger) else type(f)
-            for f in runtime._PYRO_STACK
-            if not isinstance(f, TraceMessenger)
-        )
+        stack = tuple(_kind(f) for f in runtime._PYRO_STACK if not isinstance(f, TraceMessenger))
         kind = (tuple(kinds), stack, options, torch.get_default_dtype())
         return Call((tuple(exact), kind), kind, tuple(sizes))
+
+
+def _kind(frame: Messenger) -> Hashable:
+    """What an audit depends on of a handler around the model."""
+    if isinstance(frame, ReplayMessenger) and frame.trace is not None:
+        nodes = frame.trace.nodes.items()
+        return ReplayMessenger, tuple(
+            (name, type(node.get("fn"))) for name, node in nodes if node["type"] == "sample"
+        )
+    if isinstance(frame, IndepMessenger):
+        return type(frame), frame.name, frame.size
+    data = getattr(frame, "data", None)  # of what is conditioned on, or set
+    return type(frame), tuple(data) if isinstance(data, dict) else None
 
 
 def _leaves(obj: Any) -> Iterator[Any]:

@@ -61,14 +61,14 @@ class Planned:
     @property
     def proved(self) -> bool:
         """Whether an audit says who the examples are."""
-        return self.plan is not None
+        return self.plan is not None and self.plan.verdict.others is None
 
     def judge(self, site: str, center: Tensor) -> NoDraw | None:
         """Why a site that could be flipped is not, ``None`` if it is."""
         if self.plan is None:
             reason = _remembered(center, site)
             return None if reason is None else NoDraw(reason)
-        finding = self.plan.findings.get(site)
+        finding = self.plan.verdict.of(site)
         if finding is None:
             self.forget()
             return NoDraw("the audit did not meet it; the next call is audited anew")
@@ -78,7 +78,7 @@ class Planned:
         """What is decided of a site that is flipped."""
         finding = Finding(True, False, self.why_not)
         if self.plan is not None:
-            finding = self.plan.findings[site]
+            finding = self.plan.verdict.of(site) or finding
         return (
             "flipped (verified)"
             if finding.verified
@@ -132,7 +132,7 @@ def plan_of(
     if not (handler.can_audit and handler.audit):
         return Planned("audit=False")
     if any(getattr(frame, "_probe", None) is not None for frame in runtime._PYRO_STACK):
-        return Planned("it is part of a model that is being audited")
+        raise _Nested
     memory = memory_of(model)
     call = Call.of(args, kwargs, _options(handler))
     known = memory.find(call)
@@ -162,6 +162,10 @@ def _why_not() -> str:
     return ""
 
 
+class _Nested(Exception):
+    """A model that is being audited has a handler of its own, which decides."""
+
+
 def _options(handler: FlipoutMessenger) -> Any:
     return (
         type(handler),
@@ -180,6 +184,9 @@ def _audited(handler: FlipoutMessenger, run: Callable[[], Any]) -> Plan | None:
         verdict, modes = run_audit(handler, run)
     except FlipoutError:
         raise
+    except _Nested:
+        found = Finding(True, False, "a part of the model has a handler of its own")
+        return Plan(Verdict(None, {}, others=found), [])
     except Exception:  # the run that counts raises it again, where it belongs
         return None
     return Plan(verdict, [(weakref.ref(module), mode) for module, mode in modes.items()])

@@ -233,10 +233,7 @@ class FlipoutMessenger(Messenger):
                 f"flipout: got {fn!r} of type {type(fn).__name__}, expected a model: a function "
                 "with pyro.sample statements or an nn.Module instance; give options by keyword"
             )
-        return functools.partial(self._run_function, fn)
-
-    def _run_function(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        return self.run_model(fn, fn, args, kwargs)
+        return functools.partial(_run_function, self, fn)  # as Pyro's poutine.unwrap expects
 
     def run_model(self, model: Any, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Calls a model under this handler, once it is known which of its sites can be flipped.
@@ -276,7 +273,7 @@ class FlipoutMessenger(Messenger):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_execution", "_flipped", "_planned", "_sites", "_stack", "_trace"):
+        for name in ("_execution", "_flipped", "_noticed", "_planned", "_sites", "_stack", "_trace"):
             state.pop(name)
         return state | {"_guide": None}
 
@@ -575,6 +572,12 @@ class FlipoutMessenger(Messenger):
                 f"all {num_examples} examples are one group and see the shared draw, since "
                 f"group_size={self.group_size}; set it to a fraction of the mini-batch",
             )
+
+
+def _run_function(
+    handler: FlipoutMessenger, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    return handler.run_model(fn, fn, args, kwargs)
 
 
 def contradiction(execution: Execution, site: Message, example_dim: int) -> str | None:
