@@ -32,8 +32,9 @@ from pyro_flipout.infer._captured_program import (
     capture,
     is_recorder,
 )
+from pyro_flipout.infer._captured_watch import Opaque, Same, Watch
 from pyro_flipout.infer._elbo_mixin import ElboMixin, mixed
-from pyro_flipout.infer._tensor_loss import is_stock, tensor_loss
+from pyro_flipout.infer._tensor_loss import compared_loss, is_stock, tensor_loss
 from pyro_flipout.infer.mean_field_elbo import MeanFieldELBO
 
 __all__ = ["captured"]
@@ -124,7 +125,7 @@ def captured(elbo: E, *, compile: bool = False) -> E:
     return captured_elbo
 
 
-class _Programs:
+class _Programs(Opaque):
     """What an ELBO has recorded.
 
     :param stock: whether its loss is that of an ELBO of Pyro.
@@ -161,8 +162,9 @@ class _Programs:
             raise FlipoutError(
                 f"captured: this call would be program number {MOST + 1}; a program is recorded "
                 "for every new shape of the arguments, for every new value of arguments that are "
-                "no tensors and for new handlers around the call. Give batches one size "
-                "(DataLoader's drop_last=True), numbers as tensors, and make handlers once"
+                "no tensors, for new handlers around the call and new options of a handler. Give "
+                "batches one size (DataLoader's drop_last=True), numbers as tensors, and make "
+                "handlers once"
             )
 
 
@@ -236,16 +238,18 @@ class _Captured(ElboMixin):
 
         def run(*tensors: Tensor) -> Any:
             args, kwargs = call.given(tensors)
-            if recorded() and programs.stock:
-                return tensor_loss(self, model, guide, args, kwargs)
+            if programs.stock:
+                loss = tensor_loss if recorded() else compared_loss
+                return loss(self, model, guide, args, kwargs)
             return super(_Captured, self).differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
 
         program = programs.find(call.key)
         if program is None:
             programs.make_room(call.key)
-            program, result = capture(run, call.tensors, programs.compiled)
+            watch = Watch([model, guide, self, *_outer()])
+            program, result = capture(run, call.tensors, watch, programs.compiled)
             programs.add(call.key, program)
-        elif not program.checked:
+        elif program.due():
             result = program.check(run, call.tensors)
         else:
             program.tell_parameters()
@@ -254,7 +258,7 @@ class _Captured(ElboMixin):
 
     def _key(self, model: Any, guide: Any, leaves: list[Any], tree: Any) -> Hashable:
         """All that a program is recorded for."""
-        outer = tuple(_Same(h) for h in runtime._PYRO_STACK if not is_recorder(h))
+        outer = tuple(map(Same, _outer()))
         modes = (
             torch.is_autocast_enabled("cpu"),
             torch.get_autocast_dtype("cpu"),
@@ -262,23 +266,13 @@ class _Captured(ElboMixin):
         )
         options = (self.num_particles, self.vectorize_particles)  # type: ignore[attr-defined]
         # Tempering a captured ELBO copies it with its programs, which are not those of the copy.
-        own = _Same(self), options
+        own = Same(self), options
         return own, model, guide, repr(tree), tuple(map(_kind, leaves)), modes, outer
 
 
-class _Same:
-    """Equal to what is the same object."""
-
-    __slots__ = ("it",)
-
-    def __init__(self, it: object) -> None:
-        self.it = it
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.it is self.it
-
-    def __hash__(self) -> int:
-        return id(self.it)
+def _outer() -> list[Any]:
+    """The handlers around a call, without those that only record its parameters."""
+    return [h for h in runtime._PYRO_STACK if not is_recorder(h)]
 
 
 def _kind(leaf: Any) -> Hashable:
