@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from pyro_flipout.errors import FlipoutError
 from pyro_flipout.infer._captured_reads import LINE
 
-__all__ = ["call_directly", "check_shapes", "held", "written"]
+__all__ = ["call_directly", "check_shapes", "held", "literals", "written"]
 
 aten = torch.ops.aten
 
@@ -172,6 +172,14 @@ def held(graph: GraphModule) -> list[Tensor]:
     """The tensors that a graph reads without being given them."""
     names = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
     return [t for t in (getattr(graph, name) for name in names) if isinstance(t, Tensor)]
+
+
+def literals(graph: GraphModule) -> set[int]:
+    """Ids of the tensors that a graph holds and that the program made of Python's numbers."""
+    lifted = {aten.lift_fresh_copy.default, aten.lift_fresh.default}
+    nodes = (n for n in graph.graph.nodes if n.op == "get_attr" and n.users)
+    made = (n for n in nodes if all(user.target in lifted for user in n.users))
+    return {id(getattr(graph, str(node.target))) for node in made}
 
 
 def written(graph: GraphModule) -> tuple[list[Tensor], list[int]]:

@@ -36,7 +36,7 @@ from pyro_flipout.infer._captured_check import (
     need_close,
     need_equal,
 )
-from pyro_flipout.infer._captured_graph import call_directly, check_shapes, held, written
+from pyro_flipout.infer._captured_graph import call_directly, check_shapes, held, literals, written
 from pyro_flipout.infer._captured_reads import reads_watched, users_line
 from pyro_flipout.infer._captured_watch import Opaque, Watch
 
@@ -77,7 +77,8 @@ def capture(
     _need_cpu([*tensors, *parameters, *held(graph)])
     for module in modules:
         watch.add_module(module)
-    watch.add_leaves([*parameters, *held(graph)])
+    made = literals(graph)
+    watch.add_leaves([*parameters, *(t for t in held(graph) if id(t) not in made)])
     nodes: dict[str, Any] = found.trace.nodes
     sites = {name: site["value"].unconstrained() for name, site in nodes.items()}
     buffers = [b for m in modules for b in m.buffers(recurse=False)]

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_flipout._modes import looked_at
 from pyro_flipout.errors import is_library
-from pyro_flipout.infer._captured_watch import Watch
+from pyro_flipout.infer._captured_watch import Watch, of_library
 from pyro_flipout.tensor import FlipoutTensor
 
 __all__ = ["LINE", "reads_watched", "users_line"]
@@ -37,7 +37,9 @@ MOST_ENTRIES = 10_000
 _READS: frozenset[Any] = frozenset(
     {
         Tensor.__array__,
+        Tensor.__deepcopy__,
         Tensor.__dlpack__,
+        Tensor.__reduce_ex__,
         Tensor.apply_,
         Tensor.map_,
         Tensor.numpy,
@@ -93,12 +95,18 @@ class _Operations(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags:
             for tensor in args:
                 if isinstance(tensor, Tensor) and _recorded(tensor) is None:
-                    _read(tensor, func.name(), self.watch)
+                    _read(
+                        tensor,
+                        "item" if "_local_scalar" in func.name() else func.name(),
+                        self.watch,
+                    )
         result = func(*args, **kwargs)
         if torch.Tag.dynamic_output_shape in func.tags:
-            known = _recorded(result[0] if isinstance(result, (tuple, list)) else result)
+            several = isinstance(result, (tuple, list))
+            known = _recorded(result[0] if several else result)
             if known is not None:
-                known.proxy.node.meta[LINE] = users_line(_frames())
+                node = known.proxy.node
+                (node.args[0] if several else node).meta[LINE] = users_line(_frames())
         return result
 
 
@@ -168,6 +176,7 @@ def users_line(frames: Iterable[tuple[FrameType, int]]) -> str:
     """The first of some lines of code that is the user's, for a message."""
     for frame, line in frames:
         file = frame.f_code.co_filename
-        if os.path.isfile(file) and not is_library(file):
+        library = is_library(file) or of_library(frame.f_globals.get("__name__"))
+        if os.path.isfile(file) and not library:
             return f", at line {line} of {os.path.basename(file)}"
     return ""

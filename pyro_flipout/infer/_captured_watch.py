@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pyro_flipout.infer.tempering import TemperMessenger
 
-__all__ = ["Opaque", "Same", "Watch"]
+__all__ = ["Opaque", "Same", "Watch", "of_library"]
 
 _LIBRARIES = {"torch", "pyro", "pyro_flipout", "numpy", "functorch"} | sys.stdlib_module_names
 _HANDLERS = {"pyro", "pyro_flipout"}
@@ -33,6 +33,7 @@ class Opaque:
 
 
 _ATOMS = (str, bytes, numbers.Number, type(None), torch.dtype, torch.device)
+_CONTAINERS = (Mapping, list, tuple, set)
 _CLOSED = (Opaque, Tensor, types.ModuleType, types.CodeType, types.FrameType)
 
 
@@ -48,17 +49,17 @@ class Watch:
 
     def __init__(self, roots: Iterable[Any]) -> None:
         self._modes: list[tuple[nn.Module, bool]] = []
-        self._options: list[tuple[Any, str, Any, Hashable]] = []
+        self._options: list[tuple[Any, str, Any, bool, Hashable]] = []
         self._leaves: list[tuple[Tensor, bool]] = []
         self._values: list[tuple[Tensor, Tensor]] = []
         self._known: set[int] = set()
         for it in _reachable(roots):
             if issubclass(type(it), nn.Module):
                 self.add_module(it)
-            cls: Any = type(it)
-            for name in _options(cls):
-                value = _option(it, name)
-                self._options.append((it, name, value, _summary(value)))
+            for name in _options(it):
+                value = getattr(it, name, None)
+                fixed = not isinstance(value, _CONTAINERS)
+                self._options.append((it, name, value, fixed, _summary(value)))
 
     def add_module(self, module: nn.Module) -> None:
         """Notes whether a module is in training mode, unless it is known already."""
@@ -77,12 +78,17 @@ class Watch:
 
     def holds(self) -> bool:
         """Whether all of it is as it was."""
-        return (
-            all(module.training == mode for module, mode in self._modes)
-            and all(tensor.requires_grad is flag for tensor, flag in self._leaves)
-            and all(_unchanged(*option) for option in self._options)
-            and all(torch.equal(tensor, value) for tensor, value in self._values)
-        )
+        for module, mode in self._modes:
+            if module.training != mode:
+                return False
+        for leaf, flag in self._leaves:
+            if leaf.requires_grad is not flag:
+                return False
+        for it, name, value, fixed, summary in self._options:
+            now = getattr(it, name, None)
+            if not (fixed and now is value) and _summary(now) != summary:
+                return False
+        return all(torch.equal(tensor, value) for tensor, value in self._values)
 
 
 class Same:
@@ -100,18 +106,6 @@ class Same:
         return id(self.it)
 
 
-def _option(it: Any, name: str) -> Any:
-    # An attribute of a PyroModule may be a sample statement.
-    return vars(it).get(name) if isinstance(it, nn.Module) else getattr(it, name, None)
-
-
-def _unchanged(it: Any, name: str, value: Any, summary: Hashable) -> bool:
-    now = _option(it, name)
-    if now is value and isinstance(now, _ATOMS):
-        return True
-    return _summary(now) == summary
-
-
 def _summary(value: Any) -> Hashable:
     """Equal where values are the same: numbers by value, containers by item, others by identity."""
     if isinstance(value, _ATOMS):
@@ -125,17 +119,29 @@ def _summary(value: Any) -> Hashable:
     return Same(value)
 
 
-@functools.cache
-def _options(cls: type) -> tuple[str, ...]:
-    """Names of the options of a class of handlers, layers or ELBOs: what its constructor takes.
+def _options(it: Any) -> tuple[str, ...]:
+    """Names of the options of a handler, an ELBO or a layer.
 
     A captured program follows the factor of ``tempered``, which is a tensor there.
     """
-    known = cls.__module__.partition(".")[0] in _HANDLERS
-    if not (issubclass(cls, ELBO) or (known and issubclass(cls, (Messenger, nn.Module)))):
+    cls: Any = type(it)
+    if issubclass(cls, ELBO):  # those of Pyro's own are part of the key of a program
+        return _parameters(cls, frozenset(_parameters(ELBO)))
+    if cls.__module__.partition(".")[0] not in _HANDLERS:
         return ()
-    names = list(inspect.signature(cls.__init__).parameters)[1:]
-    return tuple(n for n in names if not (n == "factor" and issubclass(cls, TemperMessenger)))
+    if issubclass(cls, TemperMessenger):
+        return _parameters(cls, frozenset({"factor"}))
+    if issubclass(cls, Messenger):
+        return _parameters(cls)
+    layer = issubclass(cls, nn.Module) and "example_dim" in vars(it)
+    return ("example_dim",) if layer else ()
+
+
+@functools.cache
+def _parameters(cls: Hashable, but: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """What the constructor of a class takes, which handlers keep as attributes of that name."""
+    names = list(inspect.signature(cls.__init__).parameters)[1:]  # type: ignore[misc]
+    return tuple(name for name in names if name not in but)
 
 
 def _reachable(roots: Iterable[Any]) -> list[Any]:
@@ -155,7 +161,7 @@ def _referents(it: Any) -> Iterable[Any]:
     if isinstance(it, types.FunctionType):
         return _of_function(it)
     if isinstance(it, type):
-        return () if _of_library(it.__module__) else (*vars(it).values(), *it.__bases__)
+        return () if of_library(it.__module__) else (*vars(it).values(), *it.__bases__)
     if isinstance(it, weakref.ReferenceType):
         return (it(),)
     return gc.get_referents(it)
@@ -166,7 +172,7 @@ def _of_function(fn: types.FunctionType) -> Iterator[Any]:
     yield from (fn.__defaults__ or (), fn.__kwdefaults__, vars(fn))
     for cell in fn.__closure__ or ():
         yield from gc.get_referents(cell)
-    if _of_library(fn.__module__):
+    if of_library(fn.__module__):
         return
     names, todo, seen = _names(fn.__code__), [fn.__globals__], set[int]()
     while todo:
@@ -175,7 +181,7 @@ def _of_function(fn: types.FunctionType) -> Iterator[Any]:
         for value in [namespace[name] for name in names if name in namespace]:
             if not isinstance(value, types.ModuleType):
                 yield value
-            elif not _of_library(value.__name__) and id(vars(value)) not in seen:
+            elif not of_library(value.__name__) and id(vars(value)) not in seen:
                 todo.append(vars(value))
 
 
@@ -184,5 +190,6 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*nested)
 
 
-def _of_library(module: str | None) -> bool:
+def of_library(module: str | None) -> bool:
+    """Whether a module of Python is torch's, Pyro's, NumPy's, ours or of the standard library."""
     return (module or "").partition(".")[0] in _LIBRARIES

@@ -76,19 +76,29 @@ def captured(elbo: E, *, compile: bool = False) -> E:
     - *Tensors* are read anew at each call: arguments, parameters, buffers, and whatever the
       program reaches by a closure or an attribute, if it is changed in place.
     - Whatever torch draws is drawn anew: weights, signs, dropout, subsamples.
-    - Shapes, dtypes, arguments that are no tensors, the modes of modules (``train``, ``eval``),
-      autocast and the handlers around the call are looked at; where they are new, the program is
-      recorded anew. A smaller last batch costs one more program. The factor of
-      :func:`tempered` may be annealed.
+    - Shapes, dtypes, arguments that are no tensors, autocast, the handlers around the call, the
+      modes of modules (``train``, ``eval``), ``requires_grad`` of parameters and the options of
+      handlers are looked at before each replay; where they are new, the program is recorded anew.
+      Modules and handlers are found by following attributes, containers, closures and the global
+      variables that model and guide name. A smaller last batch costs one more program. The factor
+      of :func:`tempered` may be annealed.
+    - Numbers must not be read off tensors that the program computes or is given (``.item()``,
+      ``.tolist()``, ``.numpy()``, ``np.asarray``). Off a small tensor that it holds they may:
+      where its entries are new, the program is recorded anew.
+    - The shapes of results must not change with the data (``nonzero``, a mask as an index).
     - Everything else that Python computes is a constant from then on.
 
     The first call with new arguments runs the program as it is, the second records it (a second
-    or two for each thousand operations), the third replays it *and* runs it, and compares.
-    From the fourth on it is replayed. Pyro's validation is in the first and third alone.
+    or two for each thousand operations), the third replays it *and* runs it, and compares loss and
+    gradients to the last bits. From the fourth on it is replayed, and compared again after 8, 16,
+    32, ... replays, so that a number which changes later or slowly is an error too. Pyro's
+    validation is in the calls that run the program.
 
     With ``compile=True`` the recorded program goes to ``torch.compile``, which fuses what is
     computed for every weight: draws, log-densities, their gradients. It gains most where there is
     most of that, as with ``AutoNormal`` and ``Trace_ELBO``; results are the same up to rounding.
+    What is recorded is compared with the program to the last bits, and what is compiled with what
+    is recorded to half of the digits, since fused kernels round and sum otherwise.
     The third call then takes half a minute, and needs a C++ compiler.
 
     Works with ``Trace_ELBO``, ``TraceMeanField_ELBO``, :class:`MeanFieldELBO`, these under
@@ -100,8 +110,8 @@ def captured(elbo: E, *, compile: bool = False) -> E:
     :returns: an ELBO of the same class.
     :raises TypeError: if it is no ELBO that can be captured.
     :raises FlipoutError: when run, if the program reads a number off a tensor or has tensors that
-        are not on the CPU, if a replay does not give what the program gives, or if there are more
-        than 32 programs.
+        are not on the CPU, if a replay does not give what the program gives or has a result of
+        another shape, or if there are more than 32 programs.
     """
     if isinstance(elbo, _Captured):
         raise ValueError("captured: got an ELBO that is captured already; capture it once")
