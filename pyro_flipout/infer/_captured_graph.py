@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-__all__ = ["call_directly", "held", "written"]
+from pyro_flipout.errors import FlipoutError
+from pyro_flipout.infer._captured_reads import LINE
+
+__all__ = ["call_directly", "check_shapes", "held", "literals", "written"]
 
 aten = torch.ops.aten
 
@@ -119,10 +122,64 @@ def _narrow(node: Any) -> None:
         node.target, node.args = torch.narrow, (input, dim, start, length)
 
 
+_STATISTICS = "running_mean", "running_var"
+"""Arguments that kernels of batch norm write to without saying so."""
+
+
+def check_shapes(graph: GraphModule) -> None:
+    """Adds checks of the shapes that depend on data, in place."""
+    for node in list(graph.graph.nodes):
+        if _varies(node):
+            with graph.graph.inserting_after(node):
+                args = node, _shapes(node.meta["val"]), node.meta.get(LINE, "")
+                graph.graph.call_function(need_shapes, args)
+    graph.recompile()
+
+
+def _varies(node: Node) -> bool:
+    """Whether the shape of a result depends on data."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or torch.Tag.dynamic_output_shape not in op.tags:
+        return False
+    if op is aten.index.Tensor:
+        indices = [i for i in node.args[1] if i is not None]  # type: ignore[union-attr]
+        return any(i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices)  # type: ignore[union-attr]
+    return op.overloadpacket is not aten._ctc_loss  # whose shapes only its own gradient reads
+
+
+def _shapes(result: Any) -> tuple[tuple[int, ...], ...]:
+    results = result if isinstance(result, (tuple, list)) else [result]
+    return tuple(tuple(map(int, t.shape)) for t in results)
+
+
+def need_shapes(result: Any, shapes: tuple[tuple[int, ...], ...], where: str) -> None:
+    """Refuses a result whose shape is not that of the recorded one.
+
+    :raises FlipoutError: if its shape is another.
+    """
+    got = _shapes(result)
+    if got != shapes:
+        one = next((g, s) for g, s in zip(got, shapes, strict=True) if g != s)
+        raise FlipoutError(
+            f"captured: replayed{where}, a result has the shape {one[0]}, but it had "
+            f"{one[1]} when the program was recorded. The shapes of nonzero, masked_select, unique "
+            "and of an index that is a mask depend on the data: multiply by the mask, or use "
+            "torch.where with three arguments, or train this program without captured()"
+        )
+
+
 def held(graph: GraphModule) -> list[Tensor]:
     """The tensors that a graph reads without being given them."""
     names = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
     return [t for t in (getattr(graph, name) for name in names) if isinstance(t, Tensor)]
+
+
+def literals(graph: GraphModule) -> set[int]:
+    """Ids of the tensors that a graph holds and that the program made of Python's numbers."""
+    lifted = {aten.lift_fresh_copy.default, aten.lift_fresh.default}
+    nodes = (n for n in graph.graph.nodes if n.op == "get_attr" and n.users)
+    made = (n for n in nodes if all(user.target in lifted for user in n.users))
+    return {id(getattr(graph, str(node.target))) for node in made}
 
 
 def written(graph: GraphModule) -> tuple[list[Tensor], list[int]]:
@@ -134,10 +191,14 @@ def written(graph: GraphModule) -> tuple[list[Tensor], list[int]]:
         schema = getattr(node.target, "_schema", None)
         for i, spec in enumerate(schema.arguments if schema is not None else ()):
             arg = node.args[i] if i < len(node.args) else node.kwargs.get(spec.name)
-            if spec.alias_info is not None and isinstance(arg, Node):
+            if not isinstance(arg, Node):
+                continue
+            if spec.alias_info is not None:
                 roots[node] = roots[arg]
-                if spec.alias_info.is_write:
-                    found.add(roots[arg])
+            if (spec.alias_info is not None and spec.alias_info.is_write) or (
+                spec.name in _STATISTICS and "batch_norm" in str(node.target)
+            ):
+                found.add(roots[arg])
     names = {str(node.target) for node in found if node.op == "get_attr"}
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     return (

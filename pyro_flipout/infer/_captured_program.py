@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import traceback
 import weakref
 from collections import Counter
@@ -24,25 +23,39 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 
 from pyro_flipout._modes import recording
-from pyro_flipout.errors import FlipoutError, is_library
-from pyro_flipout.infer._captured_graph import call_directly, held, written
+from pyro_flipout.errors import FlipoutError
+from pyro_flipout.infer._captured_check import (
+    CHANGED,
+    COMPILED,
+    Result,
+    Rewind,
+    equal,
+    need_close,
+    need_equal,
+)
+from pyro_flipout.infer._captured_graph import call_directly, check_shapes, held, literals, written
+from pyro_flipout.infer._captured_reads import reads_watched, users_line
+from pyro_flipout.infer._captured_watch import Opaque, Watch
 
 __all__ = ["CapturedProgram", "Result", "capture", "is_recorder"]
 
-Result = tuple[Tensor, list[Tensor | None]]
-"""Loss, shape ``()``, and the gradient of each parameter, None where it has no part."""
+
+FIRST_AGAIN = 8
+"""Replays after which a program is compared again; from then on whenever they have doubled."""
 
 
 def capture(
-    loss: Callable[..., Any], tensors: Sequence[Tensor], compiled: bool
+    loss: Callable[..., Any], tensors: Sequence[Tensor], watch: Watch, compiled: bool
 ) -> tuple[CapturedProgram, Result]:
     """Records a loss and its gradient while they are computed.
 
     :param loss: computes the loss from tensors, shape ``()``.
     :param tensors: its arguments. What else the loss depends on is a constant, but for the
         entries of tensors and what torch draws.
+    :param watch: state of Python objects of which the program is made.
     :param compiled: whether ``torch.compile`` gets it when it is first replayed.
     :returns: the program, and loss and gradient of this execution.
     :raises FlipoutError: if a number is read off a tensor, or a tensor is not on the CPU.
@@ -56,19 +69,26 @@ def capture(
         result.append(gradients(value, parameters))
         return [result[0][0], *(g for g in result[0][1] if g is not None)]
 
-    modes: dict[torch.nn.Module, bool] = {}
+    modules: list[torch.nn.Module] = []
     # Objects of their own: a tensor that a closure holds too is no argument there.
     tensors = [t.detach() for t in tensors]
-    with poutine.trace(param_only=True) as found, _modules(modes), recording(compiled):
-        graph = _record(run, tensors)
+    with poutine.trace(param_only=True) as found, _modules(modules), _as_recorded(compiled):
+        graph = _record(run, tensors, watch)
     _need_cpu([*tensors, *parameters, *held(graph)])
+    for module in modules:
+        watch.add_module(module)
+    made = literals(graph)
+    watch.add_leaves([*parameters, *(t for t in held(graph) if id(t) not in made)])
     nodes: dict[str, Any] = found.trace.nodes
     sites = {name: site["value"].unconstrained() for name, site in nodes.items()}
-    program = CapturedProgram(graph, tensors, parameters, result[0][1], sites, modes, compiled)
+    buffers = [b for m in modules for b in m.buffers(recurse=False)]
+    program = CapturedProgram(
+        graph, tensors, parameters, result[0][1], sites, buffers, watch, compiled
+    )
     return program, program.owned(result[0])
 
 
-class CapturedProgram:
+class CapturedProgram(Opaque):
     """A loss and its gradient, recorded.
 
     :param graph: what was recorded.
@@ -76,11 +96,11 @@ class CapturedProgram:
     :param parameters: the leaves that the loss has a gradient for.
     :param grads: their gradients.
     :param sites: unconstrained parameters of Pyro by name.
-    :param modes: the modules that ran, and whether each was in training mode.
+    :param buffers: tensors that operations may write to without saying so.
+    :param watch: state of Python objects of which the program is made.
     :param compiled: whether ``torch.compile`` gets it.
 
     :ivar parameters: as given.
-    :ivar checked: whether a replay was compared with the program.
     """
 
     def __init__(
@@ -90,41 +110,48 @@ class CapturedProgram:
         parameters: list[Tensor],
         grads: list[Tensor | None],
         sites: dict[str, Tensor],
-        modes: dict[torch.nn.Module, bool],
+        buffers: list[Tensor],
+        watch: Watch,
         compiled: bool,
     ) -> None:
-        self.parameters, self.checked = parameters, False
-        self._sites, self._modes = sites, modes
+        self.parameters = parameters
+        self._sites, self._watch, self._compiled = sites, watch, compiled
+        self._replays, self._next_check = 0, 1
         stored = pyro.get_param_store().named_parameters()
         self._stored = {name: value for name, value in stored if sites.get(name) is value}
         self._given = [g is not None for g in grads]
         self._copied = _shared(parameters, grads, [*tensors, *held(graph)])
         own, self._changed_arguments = written(graph)
-        # Kernels of batch norm write to buffers without saying so.
-        self._state = own + [b for m in modes for b in m.buffers(recurse=False)]
+        self._state = own + buffers
+        check_shapes(graph)
+        if not compiled:
+            call_directly(graph)
+        self._recorded = self._run = graph.forward
         if compiled:
             # Its own generator would give other draws than the program's.
             self._run = torch.compile(graph, dynamic=False, options={"fallback_random": True})
-        else:
-            call_directly(graph)
-            self._run = graph.forward
 
     def fits(self) -> bool:
-        """Whether the program is still made of these parameters, its modules in these modes."""
-        stored = dict(pyro.get_param_store().named_parameters())
-        return self._lives(stored) and all(m.training == mode for m, mode in self._modes.items())
+        """Whether the program is still made of these parameters, in this state."""
+        return self.lives() and self._watch.holds()
+
+    def due(self) -> bool:
+        """Whether the next replay is to be compared with the program."""
+        self._replays += 1
+        return self._replays >= self._next_check
 
     def lives(self) -> bool:
         """Whether its parameters are still those of the parameter store."""
-        return self._lives(dict(pyro.get_param_store().named_parameters()))
-
-    def _lives(self, stored: dict[str, Tensor]) -> bool:
+        stored = dict(pyro.get_param_store().named_parameters())
         return all(stored.get(name) is value for name, value in self._stored.items())
 
     def __call__(self, *tensors: Tensor) -> Result:
         """Replays the program, with new noise."""
+        return self._replay(self._run, tensors)
+
+    def _replay(self, run: Callable[..., Any], tensors: Sequence[Tensor]) -> Result:
         with torch.no_grad(), _without_autocast():
-            loss, *found = self._run(*tensors)
+            loss, *found = run(*tensors)
         rest = iter(found)
         return self.owned((loss, [next(rest) if given else None for given in self._given]))
 
@@ -138,37 +165,38 @@ class CapturedProgram:
     def check(self, loss: Callable[..., Any], tensors: Sequence[Tensor]) -> Result:
         """Replays the program and runs it, from the same state of everything.
 
+        What is recorded must give the loss and gradients of the program to the last bits. Where
+        torch takes other kernels while it records (those of ``nn.TransformerEncoderLayer`` in
+        evaluation mode), it must give those of the program with the same kernels.
+
         :param loss: the program itself.
         :returns: loss and gradient of the run.
         :raises FlipoutError: if they differ.
         """
-        generator = torch.get_rng_state()
-        state = [*self._state, *(tensors[i] for i in self._changed_arguments)]
-        before = [(t, t.clone()) for t in state]
-        replayed = self(*tensors)
-        torch.set_rng_state(generator)
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
+        rewind = Rewind([*self._state, *(tensors[i] for i in self._changed_arguments)])
+        names = self._names()
+        recorded = self._replay(self._recorded, tensors)
+        if self._compiled:
+            rewind()
+            need_close(names, self(*tensors), recorded, COMPILED)
+        rewind()
         result = self.owned(gradients(loss(*tensors), self.parameters))
-        for of, got, expected in self._pairs(replayed, result):
-            if not _agree(got, expected):
-                raise FlipoutError(
-                    f"captured: replayed, {of} is {_size(got)}, but the program gives "
-                    f"{_size(expected)}. Something that is neither a tensor nor drawn by torch "
-                    "changes from call to call (a counter, a Python or NumPy random number, an "
-                    "attribute that is set anew): make it a tensor that is changed in place, or an "
-                    "argument; or train this program without captured()"
-                )
-        self.checked = True
+        need_close(names, recorded, result, CHANGED)
+        if not equal(recorded, result):
+            rewind()
+            with _as_recorded(self._compiled), _Unchanged():
+                again = gradients(loss(*tensors), self.parameters)
+            need_equal(names, recorded, again, CHANGED)
+        self._next_check = max(FIRST_AGAIN, 2 * self._replays)
         return result
 
-    def _pairs(self, got: Result, expected: Result) -> Iterator[tuple[str, Any, Any]]:
-        yield "the loss", got[0], expected[0]
-        names = {id(value): name for name, value in self._sites.items()}
-        for parameter, ours, theirs in zip(self.parameters, got[1], expected[1], strict=True):
-            name = names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)}")
-            yield f"the gradient of {name}", ours, theirs
+    def _names(self) -> list[str]:
+        """What loss and gradients are called."""
+        known = {id(value): name for name, value in self._sites.items()}
+        names = (
+            known.get(id(p), f"a parameter of shape {tuple(p.shape)}") for p in self.parameters
+        )
+        return ["the loss", *(f"the gradient of {name}" for name in names)]
 
     def tell_parameters(self) -> None:
         """Lets Pyro's handlers know the parameters, as the program does.
@@ -233,27 +261,40 @@ def leaves(loss: Any) -> list[Tensor]:
     return list(found.values())
 
 
-def _record(program: Callable[..., Any], tensors: Sequence[Tensor]) -> GraphModule:
+def _record(program: Callable[..., Any], tensors: Sequence[Tensor], watch: Watch) -> GraphModule:
+    def watched(*tensors: Tensor) -> Any:
+        with reads_watched(watch):
+            return program(*tensors)
+
     try:
-        with pyro.validation_enabled(False), _Unvalidated():
-            return make_fx(program)(*tensors)
+        return make_fx(watched)(*tensors)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0].split(" - erroring out")[0]
         raise FlipoutError(
             f"captured: the program cannot be recorded{_where(error)}: {reason}. It must not read "
-            "a number off a tensor (.item(), float(), `if tensor:`) nor change its course by one; "
-            "compute with the tensor, or train this program without captured()"
+            "a number off a tensor (.item(), float(), `if tensor:`, .tolist(), .numpy()) nor "
+            "change its course by one; compute with the tensor, or train this program without "
+            "captured()"
         ) from error
 
 
 def _where(error: BaseException) -> str:
     """The user's line of code that an error came from."""
-    found = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        file = frame.f_code.co_filename
-        if os.path.isfile(file) and not is_library(file):
-            found = f", at line {line} of {os.path.basename(file)}"
-    return found
+    return users_line(reversed(list(traceback.walk_tb(error.__traceback__))))
+
+
+@contextlib.contextmanager
+def _as_recorded(compiled: bool) -> Iterator[None]:
+    """While a program runs as it is recorded: nothing but what it computes."""
+    with recording(compiled), pyro.validation_enabled(False), _Unvalidated():
+        yield
+
+
+class _Unchanged(TorchFunctionMode):
+    """Lets torch take the kernels that it takes while it records."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 class _Unvalidated(Messenger):
@@ -279,11 +320,11 @@ class _Unvalidated(Messenger):
 
 
 @contextlib.contextmanager
-def _modules(modes: dict[torch.nn.Module, bool]) -> Iterator[None]:
-    """Notes the modules that run, and whether each is in training mode."""
+def _modules(modules: list[torch.nn.Module]) -> Iterator[None]:
+    """Notes the modules that run."""
 
     def note(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        modes[module] = module.training
+        modules.append(module)
         if any(isinstance(arg, PackedSequence) for arg in args):
             raise FlipoutError(
                 f"captured: {type(module).__name__} got a packed sequence, whose lengths are "
@@ -315,19 +356,3 @@ def _without_autocast() -> Iterator[None]:
         return
     with torch.autocast("cpu", enabled=False):
         yield
-
-
-def _agree(got: Tensor | None, expected: Tensor | None) -> bool:
-    """Whether they are equal, up to rounding."""
-    if got is None or expected is None:
-        return got is expected
-    if bool(torch.isclose(got, expected, rtol=0, atol=0, equal_nan=True).all()):
-        return True
-    allowed = torch.finfo(expected.dtype).eps ** 0.5 * expected.norm()
-    return bool((got - expected).norm() <= allowed)
-
-
-def _size(x: Tensor | None) -> str:
-    if x is None:
-        return "missing"
-    return f"{float(x):.6g}" if x.dim() == 0 else f"of norm {float(x.norm()):.6g}"

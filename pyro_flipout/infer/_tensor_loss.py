@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-__all__ = ["is_stock", "tensor_loss"]
+from pyro_flipout.errors import FlipoutError
+
+__all__ = ["compared_loss", "is_stock", "tensor_loss"]
 
 _METHODS = "_differentiable_loss_particle", "differentiable_loss", "loss_and_grads"
 
@@ -38,8 +41,29 @@ def tensor_loss(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> An
     Pyro's own losses read numbers off the device, which nothing that records operations can
     follow. Loss and gradient are the same.
     """
+    return _of_traces(elbo, elbo._get_traces(model, guide, args, kwargs))
+
+
+def compared_loss(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+    """:func:`tensor_loss`, compared with the ELBO's own loss of the same traces.
+
+    :raises FlipoutError: if they differ.
+    """
+    traces = list(elbo._get_traces(model, guide, args, kwargs))
+    loss = _of_traces(elbo, traces)
+    with torch.no_grad():
+        own = sum(float(elbo._differentiable_loss_particle(*pair)[0]) for pair in traces)
+    ours, theirs = float(torch.as_tensor(loss).detach()), own / elbo.num_particles
+    if abs(ours - theirs) > torch.finfo(torch.get_default_dtype()).eps ** 0.5 * abs(theirs):
+        raise FlipoutError(
+            f"captured: the recorded loss is {ours:.6g}, but that of {type(elbo).__name__} is "
+            f"{theirs:.6g}; train this program without captured(), and report this"
+        )
+    return loss
+
+
+def _of_traces(elbo: Any, traces: Iterable[tuple[Trace, Trace]]) -> Any:
     particle = _mean_field if isinstance(elbo, TraceMeanField_ELBO) else _sampled
-    traces = elbo._get_traces(model, guide, args, kwargs)
     return sum(particle(*pair) for pair in traces) / elbo.num_particles
 
 

@@ -32,8 +32,9 @@ from pyro_flipout.infer._captured_program import (
     capture,
     is_recorder,
 )
+from pyro_flipout.infer._captured_watch import Opaque, Same, Watch
 from pyro_flipout.infer._elbo_mixin import ElboMixin, mixed
-from pyro_flipout.infer._tensor_loss import is_stock, tensor_loss
+from pyro_flipout.infer._tensor_loss import compared_loss, is_stock, tensor_loss
 from pyro_flipout.infer.mean_field_elbo import MeanFieldELBO
 
 __all__ = ["captured"]
@@ -75,19 +76,29 @@ def captured(elbo: E, *, compile: bool = False) -> E:
     - *Tensors* are read anew at each call: arguments, parameters, buffers, and whatever the
       program reaches by a closure or an attribute, if it is changed in place.
     - Whatever torch draws is drawn anew: weights, signs, dropout, subsamples.
-    - Shapes, dtypes, arguments that are no tensors, the modes of modules (``train``, ``eval``),
-      autocast and the handlers around the call are looked at; where they are new, the program is
-      recorded anew. A smaller last batch costs one more program. The factor of
-      :func:`tempered` may be annealed.
+    - Shapes, dtypes, arguments that are no tensors, autocast, the handlers around the call, the
+      modes of modules (``train``, ``eval``), ``requires_grad`` of parameters and the options of
+      handlers are looked at before each replay; where they are new, the program is recorded anew.
+      Modules and handlers are found by following attributes, containers, closures and the global
+      variables that model and guide name. A smaller last batch costs one more program. The factor
+      of :func:`tempered` may be annealed.
+    - Numbers must not be read off tensors that the program computes or is given (``.item()``,
+      ``.tolist()``, ``.numpy()``, ``np.asarray``). Off a small tensor that it holds they may:
+      where its entries are new, the program is recorded anew.
+    - The shapes of results must not change with the data (``nonzero``, a mask as an index).
     - Everything else that Python computes is a constant from then on.
 
     The first call with new arguments runs the program as it is, the second records it (a second
-    or two for each thousand operations), the third replays it *and* runs it, and compares.
-    From the fourth on it is replayed. Pyro's validation is in the first and third alone.
+    or two for each thousand operations), the third replays it *and* runs it, and compares loss and
+    gradients to the last bits. From the fourth on it is replayed, and compared again after 8, 16,
+    32, ... replays, so that a number which changes later or slowly is an error too. Pyro's
+    validation is in the calls that run the program.
 
     With ``compile=True`` the recorded program goes to ``torch.compile``, which fuses what is
     computed for every weight: draws, log-densities, their gradients. It gains most where there is
     most of that, as with ``AutoNormal`` and ``Trace_ELBO``; results are the same up to rounding.
+    What is recorded is compared with the program to the last bits, and what is compiled with what
+    is recorded to half of the digits, since fused kernels round and sum otherwise.
     The third call then takes half a minute, and needs a C++ compiler.
 
     Works with ``Trace_ELBO``, ``TraceMeanField_ELBO``, :class:`MeanFieldELBO`, these under
@@ -99,8 +110,8 @@ def captured(elbo: E, *, compile: bool = False) -> E:
     :returns: an ELBO of the same class.
     :raises TypeError: if it is no ELBO that can be captured.
     :raises FlipoutError: when run, if the program reads a number off a tensor or has tensors that
-        are not on the CPU, if a replay does not give what the program gives, or if there are more
-        than 32 programs.
+        are not on the CPU, if a replay does not give what the program gives or has a result of
+        another shape, or if there are more than 32 programs.
     """
     if isinstance(elbo, _Captured):
         raise ValueError("captured: got an ELBO that is captured already; capture it once")
@@ -124,7 +135,7 @@ def captured(elbo: E, *, compile: bool = False) -> E:
     return captured_elbo
 
 
-class _Programs:
+class _Programs(Opaque):
     """What an ELBO has recorded.
 
     :param stock: whether its loss is that of an ELBO of Pyro.
@@ -161,8 +172,9 @@ class _Programs:
             raise FlipoutError(
                 f"captured: this call would be program number {MOST + 1}; a program is recorded "
                 "for every new shape of the arguments, for every new value of arguments that are "
-                "no tensors and for new handlers around the call. Give batches one size "
-                "(DataLoader's drop_last=True), numbers as tensors, and make handlers once"
+                "no tensors, for new handlers around the call and new options of a handler. Give "
+                "batches one size (DataLoader's drop_last=True), numbers as tensors, and make "
+                "handlers once"
             )
 
 
@@ -236,16 +248,18 @@ class _Captured(ElboMixin):
 
         def run(*tensors: Tensor) -> Any:
             args, kwargs = call.given(tensors)
-            if recorded() and programs.stock:
-                return tensor_loss(self, model, guide, args, kwargs)
+            if programs.stock:
+                loss = tensor_loss if recorded() else compared_loss
+                return loss(self, model, guide, args, kwargs)
             return super(_Captured, self).differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
 
         program = programs.find(call.key)
         if program is None:
             programs.make_room(call.key)
-            program, result = capture(run, call.tensors, programs.compiled)
+            watch = Watch([model, guide, self, *_outer()])
+            program, result = capture(run, call.tensors, watch, programs.compiled)
             programs.add(call.key, program)
-        elif not program.checked:
+        elif program.due():
             result = program.check(run, call.tensors)
         else:
             program.tell_parameters()
@@ -254,7 +268,7 @@ class _Captured(ElboMixin):
 
     def _key(self, model: Any, guide: Any, leaves: list[Any], tree: Any) -> Hashable:
         """All that a program is recorded for."""
-        outer = tuple(_Same(h) for h in runtime._PYRO_STACK if not is_recorder(h))
+        outer = tuple(map(Same, _outer()))
         modes = (
             torch.is_autocast_enabled("cpu"),
             torch.get_autocast_dtype("cpu"),
@@ -262,23 +276,13 @@ class _Captured(ElboMixin):
         )
         options = (self.num_particles, self.vectorize_particles)  # type: ignore[attr-defined]
         # Tempering a captured ELBO copies it with its programs, which are not those of the copy.
-        own = _Same(self), options
+        own = Same(self), options
         return own, model, guide, repr(tree), tuple(map(_kind, leaves)), modes, outer
 
 
-class _Same:
-    """Equal to what is the same object."""
-
-    __slots__ = ("it",)
-
-    def __init__(self, it: object) -> None:
-        self.it = it
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.it is self.it
-
-    def __hash__(self) -> int:
-        return id(self.it)
+def _outer() -> list[Any]:
+    """The handlers around a call, without those that only record its parameters."""
+    return [h for h in runtime._PYRO_STACK if not is_recorder(h)]
 
 
 def _kind(leaf: Any) -> Hashable:
