@@ -551,7 +551,7 @@ def test_estimators_of_your_own():
     )
     assert found.estimator.values.tolist() == ["bare", "partly"]
     assert handler.decisions["net.0.weight"] == "shared: it is hidden"
-    assert handler.decisions["net.2.weight"] == "flipped"
+    assert handler.decisions["net.2.weight"].startswith("flipped")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_struct import Trace
 
 from pyro_flipout import FlipoutTensor, FlipoutWarning, flipout
-from tests.helpers import Recording
+from tests.helpers import Recording, kinds
 
 X, Y = torch.randn(6, 3), torch.randn(6)
 
@@ -326,7 +326,7 @@ def test_a_prior_beside_an_effect_based_guide_sees_the_shared_draw():
     told = "'mu' keeps its shared draw from now on: site 'w' depends on it"
     with pytest.warns(FlipoutWarning, match=told), handler:
         guide(X)
-    assert handler.decisions["w"] == "flipped"
+    assert handler.decisions["w"].startswith("flipped")
     model_trace, _ = guide.get_traces()
     mu, w = (model_trace.nodes[name]["value"] for name in ("mu", "w"))
     assert type(model_trace.nodes["w"]["fn"].log_prob(w)) is torch.Tensor
@@ -348,7 +348,7 @@ def test_traces_inside_a_trace_are_executions_of_their_own():
     handler = Recording(on_missing_rule="error")
     with poutine.trace(), handler:
         both()
-    assert handler.decisions == {"a": "flipped", "b": "flipped"}
+    assert kinds(handler.decisions) == {"a": "flipped", "b": "flipped"}
 
 
 def test_intercept_straight_into_the_likelihood():
@@ -399,7 +399,7 @@ def test_provenance_of_score_functions():
     elbo = TraceGraph_ELBO()
     with pytest.warns(FlipoutWarning, match="'s' keeps its shared draw: .*not reparametrised"):
         elbo.loss_and_grads(handler(scored), score_guide, X, Y)
-    assert handler.decisions["w"] == "flipped"
+    assert handler.decisions["w"].startswith("flipped")
     w = handler.seen["w"].materialize()
     assert len(w.unique(dim=0)) > 1
     trace = poutine.trace(score_guide).get_trace(X, Y)

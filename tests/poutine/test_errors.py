@@ -24,7 +24,7 @@ from pyro_flipout import (
 from pyro_flipout.infer import AutoMeanField
 from pyro_flipout.nn import FlipoutLinear
 from pyro_flipout.tensor import Execution, queries
-from tests.helpers import Recording
+from tests.helpers import Recording, kinds
 
 X = torch.randn(6, 5, 3)
 
@@ -280,7 +280,7 @@ def test_an_unknown_handler_may_have_set_the_value():
         Setter()(handler(weight))()
     named = Recording(expose=["w"])
     Setter()(named(weight))()
-    assert named.decisions["w"] == "flipped"
+    assert named.decisions["w"].startswith("flipped")
 
 
 def test_one_warning_for_many_sites():
@@ -313,7 +313,7 @@ def test_a_guide_run_without_gradients_keeps_shared_draws():
     with torch.no_grad():
         handler = FlipoutMessenger()
         poutine.replay(handler(weight), trace=trace)()
-    assert set(handler.decisions.values()) == {"flipped"}
+    assert set(kinds(handler.decisions).values()) == {"flipped"}
 
 
 def test_materialize_errors():

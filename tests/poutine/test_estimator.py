@@ -119,7 +119,8 @@ def test_planted_bugs_are_biased(bug, monkeypatch):
     if bug:
         bug(monkeypatch)
     args = (guide, (x, y), Trace_ELBO(), 1500)
-    z, shared, _ = discrepancy(model, flipout(model), *args)
+    # The audit would find all of these but the wrong centre, and leave the sites shared.
+    z, shared, _ = discrepancy(model, flipout(model, audit=False), *args)
     assert (z > bonferroni(shared.numel())) == bool(bug)
 
 

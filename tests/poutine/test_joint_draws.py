@@ -20,7 +20,7 @@ from torch.distributions.transforms import AffineTransform
 
 from pyro_flipout import FlipoutWarning, NotSymmetricError, flipout, symmetric_center
 from pyro_flipout.infer import AutoMeanField
-from tests.helpers import Recording
+from tests.helpers import Recording, kinds
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
 
@@ -60,7 +60,8 @@ def run(guide, model, x=X):
     trace = poutine.trace(guide).get_trace(x)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        out = poutine.replay(handler(model), trace=trace)(x)
+        # A function of its own: what an audit found with another guide is kept with the model.
+        out = poutine.replay(handler(lambda x: model(x)), trace=trace)(x)
     return handler, out, [w for w in caught if issubclass(w.category, FlipoutWarning)]
 
 
@@ -114,7 +115,7 @@ def test_a_point_that_has_an_element_twice_stays_shared(view):
         lambda e: e.as_strided((2, 3), (3, 2)),  # elements 0, 2, 4 and 3, 5, 7
     ):
         handler = run(lambda x, once=once: point("w", once(draw("e", 8))), model)[0]
-        assert handler.decisions["w"] == "flipped"
+        assert handler.decisions["w"].startswith("flipped")
 
 
 def test_noise_that_elements_have_in_common_is_not_factorised():
@@ -174,7 +175,7 @@ def test_a_point_beside_an_autonormal_is_a_point():
             handler, _, told = run(guide, difference)
         assert not told
         assert "point" in handler.decisions["v"]
-        assert handler.decisions["w"] == "flipped"
+        assert handler.decisions["w"].startswith("flipped")
 
 
 def test_particles_of_a_common_draw_are_flipped():
@@ -186,7 +187,7 @@ def test_particles_of_a_common_draw_are_flipped():
     handler = Recording()
     with pyro.plate("num_particles_vectorized", 3, dim=-2):
         poutine.replay(handler(lambda: [pyro.sample(n, prior()) for n in "wv"]), trace=trace)()
-    assert set(handler.decisions.values()) == {"flipped"}
+    assert set(kinds(handler.decisions).values()) == {"flipped"}
 
 
 def test_a_new_distribution_of_a_guides_class_draws():
@@ -207,7 +208,7 @@ def test_a_trace_whose_nodes_were_replaced():
     handler = Recording()
     flipped = poutine.replay(handler(difference), trace=trace)
     flipped(X)
-    assert set(handler.decisions.values()) == {"flipped"}
+    assert set(kinds(handler.decisions).values()) == {"flipped"}
     for name in "wv":
         trace.nodes[name] = other.nodes[name]
     with pytest.warns(FlipoutWarning, match="'v' depends on it"):

@@ -247,7 +247,7 @@ def test_each_site_has_one_estimator():
     outer = FlipoutMessenger(**STRICT)
     Trace_ELBO().loss(outer(inner(model)), guide, x, y)
     assert inner.decisions["net.0.weight"] == "local_reparameterization"
-    assert outer.decisions["net.2.weight"] == "flipped"
+    assert outer.decisions["net.2.weight"].startswith("flipped")
     mixed = flipout(local_reparameterization(model, expose=["net.0.bias"]))
     with pytest.warns(FlipoutWarning, match="'net.0.bias' .* has another estimator"):
         Trace_ELBO().loss(mixed, guide, x, y)

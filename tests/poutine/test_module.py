@@ -15,27 +15,30 @@ from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_flipout import FlipoutTensor, flipout
-from tests.helpers import Regression, mlp
+from tests.helpers import Regression, kinds, mlp
 
 X, Y = torch.randn(8, 4), torch.randn(8, 3)
 
 
 class Net(PyroModule):
-    """Half Bayesian, half deterministic, with state of its own."""
+    """Half Bayesian, half deterministic, with state of its own.
+
+    Its batch norm has a part in nothing that is observed: batch statistics would mix the examples.
+    """
 
     def __init__(self):
         super().__init__()
         self.first = PyroModule[nn.Linear](4, 5)
         self.first.weight = PyroSample(dist.Normal(0.0, 1.0).expand([5, 4]).to_event(2))
-        self.norm = nn.BatchNorm1d(5)
+        self.norm = nn.BatchNorm1d(4)
         self.last = nn.Linear(5, 3)
         self.calls = 0
 
     def forward(self, x, y=None):
         self.calls += 1
         self.cache = self.first.weight
-        h = self.norm(torch.tanh(self.first(x)))
-        mean = self.last(h)
+        self.norm(x)
+        mean = self.last(torch.tanh(self.first(x)))
         with pyro.plate("data", len(x)):
             return pyro.sample("y", dist.Normal(mean, 0.1).to_event(1), obs=y)
 
@@ -117,7 +120,7 @@ def test_autoguide_of_the_wrapped_model(model):
     wrapped = flipout(model)
     svi = SVI(wrapped, AutoNormal(wrapped), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
     svi.step(X, Y)
-    assert wrapped._handled_by[0].decisions == {"first.weight": "flipped"}
+    assert kinds(wrapped._handled_by[0].decisions) == {"first.weight": "flipped"}
 
 
 def clone_by_pickle(module):
@@ -146,7 +149,7 @@ def test_copies(clone):
     assert torch.equal(other.extra, model.extra)
     poutine.trace(poutine.replay(other, trace=poutine.trace(guide).get_trace(X, Y))).get_trace(X, Y)
     decisions = other._handled_by[0].decisions
-    assert decisions["net.0.weight"] == "flipped"
+    assert decisions["net.0.weight"].startswith("flipped")
     assert decisions["net.0.bias"] == "shared: it is hidden"
 
 

@@ -50,7 +50,7 @@ def test_a_constrained_site_is_right_as_it_is(model):
     assert step(handler(model), AutoNormal(model)) == []
     assert "support is constrained" in handler.decisions["sigma"]
     assert "AutoNormal" not in handler.decisions["sigma"]
-    assert handler.decisions["w"] == "flipped"
+    assert handler.decisions["w"].startswith("flipped")
 
 
 def test_a_plate_that_picks_from_what_all_examples_gave():

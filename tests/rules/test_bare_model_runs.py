@@ -15,7 +15,7 @@ from pyro_flipout import ExampleDimError, FlipoutWarning, MissingRuleError, flip
 from pyro_flipout.nn import weight_noise_
 from pyro_flipout.poutine import independent, local_reparameterization
 from pyro_flipout.tensor import FlipoutTensor
-from tests.helpers import Recording, bayesian
+from tests.helpers import Recording, bayesian, kinds
 
 N = 5
 pytestmark = pytest.mark.usefixtures("float64")
@@ -83,7 +83,7 @@ def test_columns_of_examples_beside_rows():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         out = handler(program)(x)
-    assert handler.decisions["v"] == "flipped"
+    assert handler.decisions["v"].startswith("flipped")
     v = handler.seen["v"].materialize()
     shared = out - torch.einsum("ni,noi->no", x, v)
     torch.testing.assert_close(shared[1:] - shared[0], (x[1:] - x[0]) @ shared_weight(shared, x).T)
@@ -105,7 +105,7 @@ def test_one_column_is_not_told_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         handler(program)(torch.randn(1, 3))
-    assert handler.decisions == {"w": "flipped"}
+    assert kinds(handler.decisions) == {"w": "flipped"}
     with pytest.warns(FlipoutWarning, match=r"dimension 0 of data of shape \(3, 5\)"):
         handler(program)(torch.randn(N, 3))
 
@@ -138,7 +138,7 @@ def test_time_major_layers(make):
     with pytest.warns(FlipoutWarning, match=r"in torch\..* set example_dim, as in flipout\(exam"):
         out = model(x)
     assert out.shape == (N, 4)
-    assert {n for n, d in handler.decisions.items() if d == "flipped"} == {
+    assert {n for n, d in handler.decisions.items() if d.startswith("flipped")} == {
         "head.weight",
         "head.bias",
     }
@@ -147,7 +147,7 @@ def test_time_major_layers(make):
         out = model(x)
         known = Recording(example_dim=1)
         known(bayesian(copy.deepcopy(plain)))(x)
-    assert set(known.decisions.values()) == {"flipped"}
+    assert set(kinds(known.decisions).values()) == {"flipped"}
     with pytest.raises(ExampleDimError, match="sequences in dimension 1"):
         flipout(bayesian(copy.deepcopy(plain)), example_dim=0)(x)
 
@@ -233,7 +233,7 @@ def test_meta_tensors():
     with warnings.catch_warnings():  # it is flipped again where it has numbers
         warnings.simplefilter("error")
         assert handler(layer)(torch.randn(N, 3)).shape == (N, 2)
-    assert handler.decisions == {"w": "flipped"}
+    assert kinds(handler.decisions) == {"w": "flipped"}
 
 
 def test_fake_tensors():
@@ -245,7 +245,7 @@ def test_fake_tensors():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         handler(layer)(torch.randn(N, 3))
-    assert handler.decisions == {"w": "flipped"}
+    assert kinds(handler.decisions) == {"w": "flipped"}
 
 
 def test_one_warning_for_all_fake_sites():

@@ -18,14 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from pyro_flipout import FlipoutError, FlipoutWarning, MissingRuleError, flipout
 from pyro_flipout.tensor import Execution, FlipoutTensor, flip
 from pyro_flipout.testing import check_rule, random_weight
+from tests.helpers import kinds
 from tests.rules.cases import N, data, weights
 from tests.rules.networks import CLOSE, assert_same, by_example, flipped
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+
 # ------------------------------------------------------------------ products of weights
-
-
 def test_low_rank_signs():
     """The left factor is flipped by its rows, the right one by its columns."""
     u, v = weights((4, 2), (2, 3))
@@ -364,7 +364,7 @@ def test_one_example_of_which_nothing_counted_yet(name, strict):
     svi = SVI(handler(model), AutoNormal(model), pyro.optim.Adam({}), Trace_ELBO())
     for size in (1, 5, 1, 5):
         svi.step(torch.randn(size, 4, 3), torch.randn(size))
-    assert handler.decisions == {"token": "flipped", "weight": "flipped"}
+    assert kinds(handler.decisions) == {"token": "flipped", "weight": "flipped"}
 
 
 class Positions(FirstToken):
@@ -381,11 +381,11 @@ def test_one_row_that_was_a_constant():
     handler = flipout()
     svi = SVI(handler(model), AutoNormal(model), pyro.optim.Adam({}), Trace_ELBO())
     svi.step(torch.randn(1, 4, 3), torch.randn(1))
-    assert handler.decisions["token"] == "flipped"
+    assert handler.decisions["token"].startswith("flipped")
     with pytest.warns(FlipoutWarning, match="'token' keeps its shared draw.*layer_norm") as told:
         svi.step(torch.randn(5, 4, 3), torch.randn(5))
     assert len(told) == 1
-    assert handler.decisions["weight"] == "flipped"
+    assert handler.decisions["weight"].startswith("flipped")
     strict = flipout(Positions(lambda x, mask, t: x), on_missing_rule="error")
     with pytest.raises(MissingRuleError, match="'token': in torch.nn.functional.layer_norm"):
         SVI(strict, AutoNormal(model), pyro.optim.Adam({}), Trace_ELBO()).step(
