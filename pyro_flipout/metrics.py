@@ -312,7 +312,9 @@ def _ensemble(name: str, draws: Any, truth: Any) -> tuple[Array, Array]:
 
 def _probabilities(values: Any) -> Array:
     probs: Array = _array(values)
-    if probs.ndim == 0 or probs.shape[-1] == 0:
+    if not probs.ndim:
+        raise ValueError("got probs that are a single number, expected shape (*, classes)")
+    if not probs.shape[-1]:
         raise ValueError(f"got probs of shape {probs.shape}, expected (*, classes)")
     if np.any(probs < 0) or not np.allclose(probs.sum(-1), 1.0, atol=1e-3):
         raise ValueError("got probs that do not sum to 1; give probabilities, not logits")

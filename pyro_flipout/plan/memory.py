@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pyro_flipout.plan.audit import Finding, Verdict
 from pyro_flipout.plan.rows import RowsRouter
+from pyro_flipout.poutine._notices import Notices
 from pyro_flipout.tensor import Execution
 
 __all__ = ["Call", "Memory", "Plan", "memory_of"]
@@ -62,7 +63,8 @@ class Call:
                 exact.append(leaf if isinstance(leaf, (int, str, type(None))) else type(leaf))
                 kinds.append(type(leaf))
         stack = tuple(_kind(f) for f in runtime._PYRO_STACK if not isinstance(f, TraceMessenger))
-        kind = (tuple(kinds), stack, options, torch.get_default_dtype())
+        modes = torch.is_grad_enabled(), torch.get_default_dtype()
+        kind = (tuple(kinds), stack, options, modes)
         return Call((tuple(exact), kind), kind, tuple(sizes))
 
 
@@ -140,11 +142,11 @@ class Plan:
 class Memory:
     """The plans of one model.
 
-    :ivar told: what the user was warned of.
+    :ivar notices: what the user was warned of.
     """
 
     def __init__(self) -> None:
-        self.told: set[str] = set()
+        self.notices = Notices()
         self._plans: dict[Hashable, list[Plan]] = {}
         self._by_kind: dict[Hashable, list[Plan]] = {}
 

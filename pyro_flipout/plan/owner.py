@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_flipout._modes import graphed, recorded, transformed
-from pyro_flipout.errors import FlipoutError, warn
+from pyro_flipout.errors import FlipoutError
 from pyro_flipout.plan.audit import Audit, Finding, Verdict
 from pyro_flipout.plan.isolation import isolated
 from pyro_flipout.plan.memory import Call, Memory, Plan, memory_of
@@ -129,10 +129,10 @@ def plan_of(
 
     :param run: calls the model.
     """
-    if not (handler.can_audit and handler.audit):
-        return Planned("audit=False")
     if any(getattr(frame, "_probe", None) is not None for frame in runtime._PYRO_STACK):
         raise _Nested
+    if not (handler.can_audit and handler.audit):
+        return Planned("audit=False")
     memory = memory_of(model)
     call = Call.of(args, kwargs, _options(handler))
     known = memory.find(call)
@@ -144,7 +144,7 @@ def plan_of(
         if plan is None:
             return Planned("the model raised an error in the audit")
         memory.add(call, plan)
-        _tell(plan.verdict, memory, handler)
+        _tell(plan.verdict, memory)
         known = plan, plan.verdict.num_examples, False
     plan, count, trusted = known
     return Planned("", plan, count, trusted, lambda: memory.forget(call, plan))
@@ -221,29 +221,15 @@ def run_audit(
 
 
 _REMEDY = (
-    "keep the example dimension apart and each example's rows to itself, write a plate over what is "
-    "one example (a graph, a series, a set), or name the site in flipout(hide=[...])"
+    "keep the example dimension apart and each example's rows to itself, write a plate over what "
+    "is one example (a graph, a series, a set), or name the site in flipout(hide=[...])"
 )
 
 
-def _tell(verdict: Verdict, memory: Memory, handler: FlipoutMessenger) -> None:
+def _tell(verdict: Verdict, memory: Memory) -> None:
     """One warning for all sites that are left shared for one reason."""
-    by_reason: dict[str, list[str]] = {}
     for site, finding in verdict.findings.items():
         if not finding.flipped:
-            by_reason.setdefault(finding.reason, []).append(site)
-    for reason, sites in by_reason.items():
-        message = f"{keep_shared(sites)}: {reason}"
-        if verdict.findings[sites[0]].mixed:
-            message += f"; {_REMEDY}"
-        if message not in memory.told:
-            memory.told.add(message)
-            warn(message)
-
-
-def keep_shared(sites: Sequence[str]) -> str:
-    """The beginning of a warning about sites."""
-    names = ", ".join(f"'{site}'" for site in sites)
-    if len(sites) == 1:
-        return f"site {names} keeps its shared draw"
-    return f"sites {names} keep their shared draws"
+            reason = f"{finding.reason}; {_REMEDY}" if finding.mixed else finding.reason
+            memory.notices.leave(f"{site}: {reason}", site, reason, wait=True)
+    memory.notices.say()

@@ -55,6 +55,11 @@ class Probe:
     :ivar round: number of the pattern.
     :ivar grad_mode: whether gradients are on where the audit was asked for.
     :ivar enlarge: whether to enlarge small perturbations.
+    :ivar shared: sites that a rule left shared, and why.
+    :ivar sites: those that the program met and that can be flipped.
+    :ivar replayed: those of them that were replayed from a guide.
+    :ivar executions: those of the run.
+    :ivar draws: the draws of the flipped sites.
     """
 
     drawn: dict[str, Drawn]
@@ -67,6 +72,7 @@ class Probe:
     enlarge: bool = True
     shared: dict[str, str] = field(default_factory=dict)
     sites: list[str] = field(default_factory=list)
+    replayed: set[str] = field(default_factory=set)
     executions: list[Execution] = field(default_factory=list)
     draws: dict[str, Draw] = field(default_factory=dict)
 

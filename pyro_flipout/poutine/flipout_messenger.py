@@ -379,6 +379,8 @@ class FlipoutMessenger(Messenger):
 
     def _decide_in_probe(self, msg: Message) -> SymmetricDraw | NoDraw:
         assert self._probe is not None
+        if replayed_site(msg, self._stack) is not None:
+            self._probe.replayed.add(msg["name"])
         with torch.set_grad_enabled(self._probe.grad_mode):
             return self._decide(msg)
 
@@ -530,7 +532,11 @@ class FlipoutMessenger(Messenger):
 
     def _check_prior(self, msg: Message, draws: list[Draw]) -> None:
         """A site drawn here from flipped parameters needs them to be one joint draw."""
-        if self._execution is not None and replayed_site(msg, self._stack) is None:
+        if self._probe is None:
+            replayed = replayed_site(msg, self._stack) is not None
+        else:  # which has put another value in its place
+            replayed = msg["name"] in self._probe.replayed
+        if self._execution is not None and not replayed:
             for draw in draws:
                 self._execution.share([draw], depends(msg["name"], draw.site))
 

@@ -132,11 +132,21 @@ def test_wrong_example_dim_against_the_data_plate(plate_size, words):
             pyro.sample("y", dist.Normal(h, 1.0).to_event(1), obs=y)
 
     y = torch.zeros(5, 2)
+    handler = Recording()
+    # Around inference there is no second run, so that the plates alone can tell.
     with pytest.warns(FlipoutWarning, match=words + r".*'y' is in plates of sizes {'data': 5}"):
-        flipout(model)(X, y)
+        with handler:
+            model(X, y)
+    assert handler.decisions["w"].startswith("shared: 6 examples were counted")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        flipout(model, example_dim=1)(X, y)
+        with handler:  # from now on
+            model(X, y)
+        with flipout(example_dim=1):
+            model(X, y)
+    wrapped = Recording()
+    wrapped(model)(X, y)
+    assert wrapped.decisions == {"w": "flipped (verified)"}
 
 
 def test_no_example_dimension():
