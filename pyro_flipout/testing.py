@@ -15,10 +15,18 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_flipout.errors import FlipoutWarning
+from pyro_flipout.plan.report import ModelReport, check_model
 from pyro_flipout.symmetric import symmetric_center
 from pyro_flipout.tensor import Execution, FlipoutTensor, flip
 
-__all__ = ["check_rule", "check_symmetric", "constant", "random_weight"]
+__all__ = [
+    "ModelReport",
+    "check_model",
+    "check_rule",
+    "check_symmetric",
+    "constant",
+    "random_weight",
+]
 
 _FAILURE_RATE = 1e-6
 _DENSITY_DRAWS = 500
