@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pyro_flipout._modes import transformed
-from pyro_flipout.errors import FlipoutError, MissingRuleError
+from pyro_flipout.errors import FlipoutError, FlipoutWarning, MissingRuleError
 
 if TYPE_CHECKING:
     from pyro_flipout.tensor import FlipoutTensor, Term
@@ -44,13 +45,21 @@ def differentiating() -> bool:
     return not torch.is_inference_mode_enabled()
 
 
-def share_in_functions(weights: Sequence[FlipoutTensor]) -> None:
-    """Leaves weights shared that are arguments of a running ``torch.autograd.Function``."""
+def share_in_functions(call: Callable[..., Any], weights: Sequence[FlipoutTensor]) -> None:
+    """Leaves weights shared that are arguments of a running ``torch.autograd.Function``.
+
+    :param call: the torch function that was called on them.
+    """
+    # Function.apply calls this itself on an argument that the forward function returns.
+    returned = call is Tensor.view_as and len(weights) == 2 and weights[0] is weights[1]
     for weight in weights:
         # Without gradients the forward function is all there is, and the rules apply to it.
         if not (weight.plain.requires_grad and weight.has_signs):
             continue
-        name = _function_of(weight)
+        if _graph_task() != -1 and _in_backward(weight):
+            _share_late(weight._terms)
+            continue
+        name = _forward_of(weight) or ("torch.autograd.Function" if returned else None)
         if name == "CheckpointFunction":
             weight.refuse(
                 [weight],
@@ -71,15 +80,21 @@ def share_in_functions(weights: Sequence[FlipoutTensor]) -> None:
 
 def refuse_operator(weights: Sequence[FlipoutTensor], operator: str) -> None:
     """Leaves weights shared of which an operator was called past ``__torch_function__``."""
-    for cls in dict.fromkeys(map(type, weights)):
-        cls.refuse(
-            [weight for weight in weights if type(weight) is cls],
-            operator,
-            "TorchScript, torch.func over the weight or an extension called an operator past the "
-            "flipout rules",
-            "call torch functions of Python on the weight, with torch.func over the data alone, "
-            "or hide the site with flipout(hide=[...])",
-        )
+    try:
+        for cls in dict.fromkeys(map(type, weights)):
+            cls.refuse(
+                [weight for weight in weights if type(weight) is cls],
+                operator,
+                "TorchScript, torch.func over the weight or an extension called an operator past "
+                "the flipout rules",
+                "call torch functions of Python on the weight, with torch.func over the data "
+                "alone, or hide the site with flipout(hide=[...])",
+            )
+    except Exception as error:  # TorchScript raises another one, without the message
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn(str(error), FlipoutWarning, stacklevel=2)
+        raise
 
 
 def watch_gradient(weight: FlipoutTensor) -> None:
@@ -98,7 +113,7 @@ def watch_gradient(weight: FlipoutTensor) -> None:
             node._register_hook_dict(weight)
 
 
-def _share_late(terms: Sequence[Term], gradient: Tensor) -> None:
+def _share_late(terms: Sequence[Term], gradient: Tensor | None = None) -> None:
     """Leaves the draws of a weight shared that a call has used past the rules, or raises."""
     call = "a call that does not pass __torch_function__, such as a torch.autograd.Function"
     for draw in dict.fromkeys(draw for term in terms for draw in term.draws):
@@ -116,31 +131,22 @@ def _share_late(terms: Sequence[Term], gradient: Tensor) -> None:
         draw.execution.share([draw], message)
 
 
-def _function_of(weight: Tensor) -> str | None:
-    """Name of the running ``Function`` that has ``weight`` for an argument, if there is one.
-
-    A weight that a function finds elsewhere, as in a closure, receives no gradient from it, with
-    or without flipout: ``torch.utils.checkpoint`` with ``use_reentrant=True`` runs a network so.
-    """
-    if _graph_task() != -1:
-        return _running_backward(weight) or _running_forward(weight)
-    return _running_forward(weight)
-
-
-def _running_backward(weight: Tensor) -> str | None:
+def _in_backward(weight: FlipoutTensor) -> bool:
+    """Whether autograd runs the backward function of a call that had ``weight`` for an argument."""
     node = torch._C._current_autograd_node()
-    if node is None:
-        return None
     with torch._C.DisableTorchFunctionSubclass():
         own = weight.grad_fn
-    if own is None or all(edge is not own for edge, _ in node.next_functions):
-        return None
-    return type(node).__name__.removesuffix("Backward")
+    return bool(node and own and any(edge is own for edge, _ in node.next_functions))
 
 
-def _running_forward(weight: Tensor) -> str | None:
-    # Autograd keeps the arguments of a forward function to itself until that has returned, so
-    # that they can be read from the function's frame alone.
+def _forward_of(weight: FlipoutTensor) -> str | None:
+    """Name of the ``Function`` whose forward function runs and has ``weight`` for an argument.
+
+    Autograd keeps the arguments to itself until the forward function has returned, so that they
+    can be read from its frame alone. A weight that it finds elsewhere, as in a closure, receives
+    no gradient from it, with or without flipout: ``torch.utils.checkpoint`` with
+    ``use_reentrant=True`` runs a network so.
+    """
     frames = list(_frames())
     for frame, name in zip(frames, _names([frame.f_code for frame in frames]), strict=True):
         if name and any(value is weight for value in _arguments(frame)):

@@ -709,7 +709,7 @@ class FlipoutTensor(Tensor):
 def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls a torch function on flipped weights by its rule, or on their shared draws."""
     if differentiating():
-        share_in_functions(_weights((args, kwargs)))
+        share_in_functions(func, _weights((args, kwargs)))
     rule = RULES.get(func)
     if rule is None and _is_query(func):
         return func(*unwrap(args), **unwrap(kwargs))
@@ -850,7 +850,12 @@ def unwrap(obj: Any) -> Any:
 
 def describe(op: Callable[..., Any]) -> str:
     """Public name of a torch function, for messages."""
-    return str(resolve_name(op) or getattr(op, "__name__", op))
+    name = resolve_name(op)
+    if name is None:
+        name = getattr(op, "__qualname__", None) or getattr(op, "__name__", None) or str(op)
+        module = getattr(op, "__module__", None)
+        return f"{module}.{name}" if module else str(name)
+    return str(name)
 
 
 def _weights(args: Iterable[Any]) -> list[FlipoutTensor]:

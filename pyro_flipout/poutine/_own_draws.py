@@ -107,7 +107,7 @@ class OwnDrawsTensor(FlipoutTensor):
     ) -> Any:
         kwargs = kwargs or {}
         if differentiating():
-            share_in_functions(_walk((args, kwargs), cls))
+            share_in_functions(func, _walk((args, kwargs), cls))
         own = [w for w in _walk((args, kwargs), cls) if w.terms]
         rule = cls.rules.get(func)
         known = RULES.get(func)

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from pyro_flipout import FlipoutError, FlipoutWarning, MissingRuleError, flipout
+from pyro_flipout import FlipoutWarning, MissingRuleError, flipout
 from pyro_flipout.tensor import Execution, FlipoutTensor, flip
 from pyro_flipout.testing import check_rule, random_weight
 from tests.rules.cases import N, data, weights
