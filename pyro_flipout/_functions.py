@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["differentiating", "refuse_operator", "share_in_functions", "watch_gradient"]
 
 _forward_mode = torch._C._is_fwd_grad_enabled
-_graph_task = torch._C._current_graph_task_id  # type: ignore[attr-defined]
+_graph_task = torch._C._current_graph_task_id
 
 
 def differentiating() -> bool:
@@ -81,9 +81,9 @@ def share_in_functions(call: Callable[..., Any], weights: Sequence[FlipoutTensor
 def refuse_operator(weights: Sequence[FlipoutTensor], operator: str) -> None:
     """Leaves weights shared of which an operator was called past ``__torch_function__``."""
     try:
-        for cls in dict.fromkeys(map(type, weights)):
-            cls.refuse(
-                [weight for weight in weights if type(weight) is cls],
+        for kind, first in {type(weight): weight for weight in weights}.items():
+            first.refuse(
+                [weight for weight in weights if type(weight) is kind],
                 operator,
                 "TorchScript, torch.func over the weight or an extension called an operator past "
                 "the flipout rules",

@@ -674,7 +674,7 @@ class FlipoutTensor(Tensor):
 
     @classmethod
     @_disable_dynamo
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Sequence[type],

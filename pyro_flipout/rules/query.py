@@ -88,7 +88,7 @@ refuses(
     Tensor.register_hook,
     Tensor.register_post_accumulate_grad_hook,
     Tensor.retain_grad,
-    Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
+    Tensor.grad_fn.__get__,  # type: ignore[union-attr]
     reason=_NO_GRADIENT,
     remedy=(
         "register hooks on the parameters of the guide, or hide the site with flipout(hide=[...])"
