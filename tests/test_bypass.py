@@ -447,6 +447,7 @@ def test_a_weight_in_a_closure_is_exact():
     torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")  # of PyTorch 2.4 itself
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoints_of_closures_are_exact(use_reentrant):
     center, delta, x = draw()
