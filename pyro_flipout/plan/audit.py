@@ -19,12 +19,12 @@ Sites for which it fails are left out one after the other, after other layouts o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -53,12 +53,14 @@ class Finding:
     :ivar verified: whether that, or that it may not, was proved.
     :ivar reason: why it is not flipped, or not verified.
     :ivar mixed: whether it was proved to mix examples, or that its signs are wrong.
+    :ivar tell: whether to warn that it is not verified.
     """
 
     flipped: bool
     verified: bool
     reason: str = ""
     mixed: bool = False
+    tell: bool = False
 
 
 @dataclass
@@ -111,6 +113,7 @@ class _Attempt:
     excluded: dict[str, str]
     wrong: dict[str, str]
     options: dict[Key, list[Choice]]
+    error: Exception | None = None
     blind: frozenset[str] = frozenset()
     largest: dict[str, float] = field(default_factory=dict)
     elements: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -134,6 +137,7 @@ class Audit:
     :param group_size: how many neighbouring examples have their signs in common.
     :param particles: names of plates that are no data.
     :param grad_mode: whether gradients are on where the audit is asked for.
+    :param strict: whether what cannot be flipped is an error, as for ``on_missing_rule="error"``.
     """
 
     def __init__(
@@ -144,10 +148,12 @@ class Audit:
         group_size: int = 1,
         particles: frozenset[str] = frozenset(),
         grad_mode: bool = True,
+        strict: bool = False,
     ) -> None:
         self._run_model, self._isolated = run_model, isolated
         self.example_dim, self.group_size = example_dim, group_size
         self.particles, self.grad_mode = particles, grad_mode
+        self._strict = strict
         self.runs = 0
         self._enlarge = True
         self._start()
@@ -170,7 +176,9 @@ class Audit:
             return self._verdict()
 
     def _verdict(self) -> Verdict:
+        self._isolated.watch = True  # of what the first run writes to
         trace, probe = self._traced(Probe({}, grad_mode=self.grad_mode))
+        self._isolated.watch = False
         sites = list(dict.fromkeys(probe.sites))
         if not sites:
             return Verdict(None, {}, runs=self.runs)
@@ -184,11 +192,16 @@ class Audit:
         candidates = [size for size in sizes if size > 1]
         try:
             return self._search_sizes(sites, candidates)
+        except _Repeats as why:
+            return self._unverified(sites, None, str(why), tell=True)
         except _Failed as why:
             return self._unverified(sites, candidates[0] if candidates else None, str(why))
 
-    def _unverified(self, sites: Iterable[str], count: int | None, reason: str) -> Verdict:
-        return Verdict(count, {s: Finding(True, False, reason) for s in sites}, runs=self.runs)
+    def _unverified(
+        self, sites: Iterable[str], count: int | None, reason: str, tell: bool = False
+    ) -> Verdict:
+        found = Finding(True, False, reason, tell=tell)
+        return Verdict(count, dict.fromkeys(sites, found), runs=self.runs)
 
     def _search_sizes(self, sites: Sequence[str], candidates: list[int]) -> Verdict:
         best: tuple[int, _Attempt] | None = None
@@ -211,10 +224,8 @@ class Audit:
     def _counted(self, sites: Iterable[str]) -> int | None:
         """The number of examples that the first rule with data counts."""
         probe = Probe(self._drawn, flipped=frozenset(sites), grad_mode=self.grad_mode)
-        try:
+        with contextlib.suppress(Exception):
             self._traced(probe)
-        except Exception:
-            pass
         counts = [e.num_examples for e in probe.executions if e.num_examples]
         return counts[0] if counts else None
 
@@ -244,6 +255,8 @@ class Audit:
         first = self._attempt(sites, count, {})
         if first.holds and not _could_gain(first):
             return first
+        if first.wrong:
+            self._check_repeats()
         best, options = first, dict(first.options)
         for layouts in _alternatives(options):
             attempt = self._attempt(sites, count, layouts)
@@ -252,6 +265,8 @@ class Audit:
                 best = attempt
             if len(best.seen) == len(sites):
                 return best
+        if first.error is not None and (self._strict or isinstance(first.error, FlipoutError)):
+            raise first.error
         if best.holds and len(best.seen) + len(first.excluded) >= len(sites):
             return best
         alone = self._one_by_one(sites, count, options, first)
@@ -331,7 +346,7 @@ class Audit:
                 run = self._flipped_run(flipped, count, 0, router)
             except Exception as why:
                 wrong = {"": f"{type(why).__name__}: {why}"}
-                return _Attempt(flipped, choices, excluded, wrong, router.options)
+                return _Attempt(flipped, choices, excluded, wrong, router.options, why)
             options = router.options
             newly = {s: why for s, why in run.probe.shared.items() if s in flipped}
             if not newly:
@@ -344,7 +359,8 @@ class Audit:
     def _prove(self, attempt: _Attempt, first: _Run, count: int) -> None:
         for _ in range(2):
             bare, star = self._bare_run({}), self._bare_run(first.probe.patterns())
-            comparison = _Comparison(bare.densities, star.densities)
+            low = first.probe.router is not None and first.probe.router.low_precision
+            comparison = _Comparison(bare.densities, star.densities, low)
             unseen: frozenset[str] = frozenset(attempt.sites)
             for round in range(_rounds(count, self.group_size)):
                 run = first if round == 0 else self._again(attempt, count, round)
@@ -425,6 +441,17 @@ class Audit:
                 ) from why
         return self._bare[key]
 
+    def _check_repeats(self) -> None:
+        """Tells what mixes examples from what cannot be run twice."""
+        before = self._bare_run({})
+        again = self._run(Probe(self._drawn, grad_mode=self.grad_mode))
+        if _Comparison(before.densities, before.densities).check(again.densities):
+            raise _Repeats(
+                "the model gives other numbers when it is run again from the same state, since it "
+                "changes something that is not torch's; say flipout(audit=False) if its examples "
+                "are apart"
+            )
+
     def _flipped_run(
         self,
         flipped: frozenset[str],
@@ -465,6 +492,10 @@ class Audit:
     def _call(self, probe: Probe) -> Trace:
         self.runs += 1
         return self._run_model(probe)
+
+
+class _Repeats(_Failed):
+    """The model gives other numbers when it is run again from the same state."""
 
 
 class _Again(Exception):
@@ -521,18 +552,21 @@ def _grad(total: Tensor | None, leaves: Sequence[Tensor]) -> list[Tensor]:
 class _Comparison:
     """Compares the densities of flipped runs with those of the bare runs."""
 
-    def __init__(self, bare: Densities, star: Densities) -> None:
+    def __init__(self, bare: Densities, star: Densities, low_precision: bool = False) -> None:
         self.bare, self.star = bare, star
         self.largest: dict[str, float] = {}
         self.elements: dict[str, tuple[int, int]] = {}
         dtypes = [d.value.dtype for d in bare.values() if d.value.is_floating_point()]
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes or [torch.float32])
+        self._roundings = 300
         #: Relative tolerance of what is not rounding alone.
         self.relative = max(2e-3 * (self._eps / 1.2e-7) ** 0.5, 1e-7)
+        if low_precision:
+            self._eps, self._roundings, self.relative = 2.0**-8, 4, 0.1
 
     def noise(self, size: float) -> float:
         """What rounding alone may change in sums of numbers of a size."""
-        return 300 * self._eps * size
+        return self._roundings * self._eps * size
 
     def check(self, found: Densities) -> dict[str, str]:
         """What differs, by observed site."""
@@ -575,12 +609,13 @@ class _Comparison:
             rest = [d for d in range(second.dim()) if d != dim]
             kinds = torch.stack([t.amax(rest) if rest else t for t in (first, any_second)])
             before = of_plates.setdefault(plate, kinds)
-            if before.shape == kinds.shape and not kinds.all(0).any():
-                if ((before[0] & kinds[1]) | (before[1] & kinds[0])).any():
-                    return (
-                        f"{_MIXED}: '{name}' and another site of the plate '{plate}' see different "
-                        "weights in one state of an enumerated variable"
-                    )
+            if before.shape != kinds.shape or kinds.all(0).any():
+                continue
+            if ((before[0] & kinds[1]) | (before[1] & kinds[0])).any():
+                return (
+                    f"{_MIXED}: '{name}' and another site of the plate '{plate}' see different "
+                    "weights in one state of an enumerated variable"
+                )
         return ""
 
     def check_sum(
@@ -615,6 +650,8 @@ class _Comparison:
             if other is not None and name in other:
                 want, have = a + b, c + other[name].value
             else:
+                # Where both draws have one density, nobody knows which gradient is right.
+                usable = usable & (_distance(a, b) > 4 * self._tolerance(a, b))
                 want, have = torch.where(_distance(c, b) < _distance(c, a), b, a), c
             want, have = ((t.where(usable, 0) * cotangent).sum() for t in (want, have))
             expected = want if expected is None else expected + want
@@ -636,7 +673,8 @@ class _Comparison:
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.detach(), b.detach()
-    return torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+    same = (a == b) | (a.isnan() & b.isnan())
+    return (a - b).abs().masked_fill(same, 0.0)
 
 
 def _describe(name: str, bad: Tensor) -> str:

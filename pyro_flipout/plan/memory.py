@@ -3,9 +3,10 @@
 
 """What was learnt of a model, kept with the model and not with a handler.
 
-An audit holds for one *structure*: shapes and types of the arguments, modes of the modules that are
-called, kinds of the handlers around the call, options of the handler. After three audits that agree,
-other sizes of the same kind are trusted, as long as every call is of a kind that was seen.
+An audit holds for one *structure*: shapes and types of the arguments, modes of the modules that
+are called, kinds of the handlers around the call, options of the handler. After three audits that
+agree, other sizes of the same kind are trusted: each call then has the layout of rows that calls of
+the same function had.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ class Call:
                     exact.append(leaf.shape)
                 kinds.append((leaf.dim(), leaf.dtype, leaf.device, leaf.layout))
             else:
-                exact.append(leaf if isinstance(leaf, (int, str, type(None))) else type(leaf))
-                kinds.append(type(leaf))
+                simple = isinstance(leaf, (int, str, type(None)))
+                exact.append(leaf if simple else _name(leaf))
+                kinds.append(_name(leaf))
         stack = tuple(_kind(f) for f in runtime._PYRO_STACK if not isinstance(f, TraceMessenger))
         modes = torch.is_grad_enabled(), torch.get_default_dtype()
         kind = (tuple(kinds), stack, options, modes)
@@ -79,6 +81,10 @@ def _kind(frame: Messenger) -> Hashable:
         return type(frame), frame.name, frame.size
     data = getattr(frame, "data", None)  # of what is conditioned on, or set
     return type(frame), tuple(data) if isinstance(data, dict) else None
+
+
+def _name(leaf: object) -> Hashable:
+    return type(leaf)
 
 
 def _leaves(obj: Any) -> Iterator[Any]:
@@ -160,7 +166,8 @@ class Memory:
             return None
         sources = set.intersection(*(set(p.sources) for p in plans))
         found = {call.sizes[i][dim] for i, dim in sources}
-        found = found or {p.verdict.num_examples for p in plans if p.sizes == call.sizes}
+        counts = (p.verdict.num_examples for p in plans if p.sizes == call.sizes)
+        found = found or {count for count in counts if count is not None}
         if len(found) != 1:
             return None
         choices = {k: c for p in plans for k, c in p.verdict.choices.items()}

@@ -35,7 +35,6 @@ __all__ = [
     "NOT_OWNED",
     "PARTICLE_PLATES",
     "Planned",
-    "keep_shared",
     "plan_of",
     "remember",
     "run_audit",
@@ -171,8 +170,8 @@ def _options(handler: FlipoutMessenger) -> Any:
         type(handler),
         handler._example_dim,
         handler.group_size,
-        handler.hide,
-        handler.expose,
+        None if handler.hide is None else frozenset(handler.hide),
+        None if handler.expose is None else frozenset(handler.expose),
         handler.hide_fn,
         handler.expose_fn,
         handler.on_missing_rule,
@@ -182,13 +181,15 @@ def _options(handler: FlipoutMessenger) -> Any:
 def _audited(handler: FlipoutMessenger, run: Callable[[], Any]) -> Plan | None:
     try:
         verdict, modes = run_audit(handler, run)
-    except FlipoutError:
-        raise
     except _Nested:
         found = Finding(True, False, "a part of the model has a handler of its own")
         return Plan(Verdict(None, {}, others=found), [])
-    except Exception:  # the run that counts raises it again, where it belongs
-        return None
+    except FlipoutError:
+        raise
+    except Exception:
+        if handler.on_missing_rule == "error":
+            raise
+        return None  # the run that counts raises it again, where it belongs
     return Plan(verdict, [(weakref.ref(module), mode) for module, mode in modes.items()])
 
 
@@ -215,7 +216,13 @@ def run_audit(
     grad_mode = torch.is_grad_enabled()
     with isolated() as state:
         audit = Audit(
-            run_model, state, handler.example_dim, handler.group_size, PARTICLE_PLATES, grad_mode
+            run_model,
+            state,
+            handler.example_dim,
+            handler.group_size,
+            PARTICLE_PLATES,
+            grad_mode,
+            handler.on_missing_rule == "error",
         )
         return audit.verdict(), state.modes
 
@@ -232,4 +239,8 @@ def _tell(verdict: Verdict, memory: Memory) -> None:
         if not finding.flipped:
             reason = f"{finding.reason}; {_REMEDY}" if finding.mixed else finding.reason
             memory.notices.leave(f"{site}: {reason}", site, reason, wait=True)
+        elif finding.tell:
+            memory.notices.tell(
+                finding.reason, f"the audit could not verify the model: {finding.reason}"
+            )
     memory.notices.say()

@@ -80,7 +80,7 @@ class Probe:
         self, example_dim: int | None, on_missing_rule: str, group_size: int
     ) -> Execution:
         """An execution of this run, whose examples are known."""
-        made = Execution(example_dim, "warn", self._share, group_size)
+        made = Execution(example_dim, on_missing_rule, self._share, group_size)
         if self.kinds is not None:
             made.num_examples = len(self.kinds)
             made._numbers = Numbers(self.kinds, 2)

@@ -273,7 +273,15 @@ class FlipoutMessenger(Messenger):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_execution", "_flipped", "_noticed", "_planned", "_sites", "_stack", "_trace"):
+        for name in (
+            "_execution",
+            "_flipped",
+            "_noticed",
+            "_planned",
+            "_sites",
+            "_stack",
+            "_trace",
+        ):
             state.pop(name)
         return state | {"_guide": None}
 
@@ -494,6 +502,8 @@ class FlipoutMessenger(Messenger):
     def _check_use(self) -> None:
         """A program of which nothing is flipped, and why, as far as one can see."""
         if not self._seen:
+            if self._planned is self._unowned:  # around inference: captured programs run no model
+                return
             self._tell(
                 "no sites",
                 "the program that is wrapped has no sample site, so that flipout does nothing; "
