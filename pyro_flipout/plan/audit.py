@@ -674,7 +674,8 @@ class _Comparison:
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.detach(), b.detach()
     same = (a == b) | (a.isnan() & b.isnan())
-    return (a - b).abs().masked_fill(same, 0.0)
+    distance: Tensor = (a - b).abs()
+    return distance.masked_fill(same, 0.0)
 
 
 def _describe(name: str, bad: Tensor) -> str:

@@ -83,8 +83,8 @@ def _kind(frame: Messenger) -> Hashable:
     return type(frame), tuple(data) if isinstance(data, dict) else None
 
 
-def _name(leaf: object) -> Hashable:
-    return type(leaf)
+def _name(leaf: object) -> str:
+    return type(leaf).__qualname__
 
 
 def _leaves(obj: Any) -> Iterator[Any]:

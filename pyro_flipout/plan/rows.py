@@ -109,9 +109,8 @@ class RowsRouter:
             found.append(Choice("constant", 0))
         if usual not in found:
             # Where the sizes say nothing, what the rule says of the data is the better reason.
-            found = (
-                [usual, *found] if found[:1] in ([], [Choice("constant", 0)]) else [*found, usual]
-            )
+            says_nothing = not found or found[0].layout == "constant"
+            found = [usual, *found] if says_nothing else [*found, usual]
         if not self.other_sizes:
             return found
         alike = {

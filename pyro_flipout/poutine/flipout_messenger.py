@@ -117,6 +117,7 @@ class FlipoutMessenger(Messenger):
 
     never_sets_values = True
     can_audit = True
+    _probe: Probe | None = None
     _unowned: Planned = NOT_OWNED
 
     def __init__(
@@ -151,7 +152,6 @@ class FlipoutMessenger(Messenger):
         #: What was decided of each latent site: ``"flipped (verified)"``,
         #: ``"flipped (not verified: <reason>)"`` or ``"shared: <reason>"``.
         self.decisions: dict[str, str] = {}
-        self._probe: Probe | None = None
         self._shared: dict[str, str] = {}
         self._notices = Notices()
         self._inherent: set[str] = set()  # sites that no execution will flip
@@ -273,16 +273,8 @@ class FlipoutMessenger(Messenger):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in (
-            "_execution",
-            "_flipped",
-            "_noticed",
-            "_planned",
-            "_sites",
-            "_stack",
-            "_trace",
-        ):
-            state.pop(name)
+        for name in _OF_ONE_EXECUTION:
+            state.pop(name, None)
         return state | {"_guide": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -588,6 +580,11 @@ class FlipoutMessenger(Messenger):
                 f"all {num_examples} examples are one group and see the shared draw, since "
                 f"group_size={self.group_size}; set it to a fraction of the mini-batch",
             )
+
+
+_OF_ONE_EXECUTION = (
+    *("_execution", "_flipped", "_noticed", "_planned", "_probe", "_sites", "_stack", "_trace"),
+)
 
 
 def _run_function(

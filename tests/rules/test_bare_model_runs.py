@@ -108,9 +108,9 @@ def test_one_column_is_not_told_of():
     assert kinds(handler.decisions) == {"w": "flipped"}
     handler(program)(torch.randn(N, 3))
     assert handler.decisions == {"w": "flipped (verified)"}
-    with pytest.warns(FlipoutWarning, match=r"dimension 0 of data of shape \(3, 5\)"):
-        with flipout():
-            program(torch.randn(N, 3))
+    match = r"dimension 0 of data of shape \(3, 5\)"
+    with pytest.warns(FlipoutWarning, match=match), flipout():
+        program(torch.randn(N, 3))
 
 
 # ---------------------------------------------------------------------- recurrent layers
