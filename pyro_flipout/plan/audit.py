@@ -668,7 +668,8 @@ class _Comparison:
         a, b = a.detach(), b.detach()
         finite = torch.cat([t[t.isfinite()].abs().flatten() for t in (a, b)])
         size = float(finite.max()) if finite.numel() else 0.0
-        return self.relative * _distance(a, b) + self.noise(size)
+        tolerance: Tensor = self.relative * _distance(a, b) + self.noise(size)
+        return tolerance
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
+from pyro_flipout._notices import Notices
 from pyro_flipout.plan.audit import Finding, Verdict
 from pyro_flipout.plan.rows import RowsRouter
-from pyro_flipout.poutine._notices import Notices
 from pyro_flipout.tensor import Execution
 
 __all__ = ["Call", "Memory", "Plan", "memory_of"]

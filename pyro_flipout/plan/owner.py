@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_flipout._modes import graphed, recorded, transformed
+from pyro_flipout._notices import Notices
 from pyro_flipout.errors import FlipoutError
 from pyro_flipout.plan.audit import Audit, Finding, Verdict
 from pyro_flipout.plan.isolation import isolated
 from pyro_flipout.plan.memory import Call, Memory, Plan, memory_of
 from pyro_flipout.plan.probe import Probe
-from pyro_flipout.poutine._notices import Notices
-from pyro_flipout.poutine.symmetric_draw import NoDraw
 from pyro_flipout.tensor import Execution
 
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ __all__ = [
 ]
 
 PARTICLE_PLATES = frozenset({"num_particles_vectorized", "_num_predictive_samples"})
+"""Plates of Pyro's that are no data."""
 
 
 @dataclass
@@ -62,16 +62,16 @@ class Planned:
         """Whether an audit says who the examples are."""
         return self.plan is not None and self.plan.verdict.others is None
 
-    def judge(self, site: str, center: Tensor) -> NoDraw | None:
+    def judge(self, site: str, center: Tensor) -> str | None:
         """Why a site that could be flipped is not, ``None`` if it is."""
         if self.plan is None:
             reason = _remembered(center, site)
-            return None if reason is None else NoDraw(reason)
+            return reason
         finding = self.plan.verdict.of(site)
         if finding is None:
             self.forget()
-            return NoDraw("the audit did not meet it; the next call is audited anew")
-        return None if finding.flipped else NoDraw(finding.reason)
+            return "the audit did not meet it; the next call is audited anew"
+        return None if finding.flipped else finding.reason
 
     def decision(self, site: str) -> str:
         """What is decided of a site that is flipped."""

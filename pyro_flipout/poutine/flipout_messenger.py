@@ -31,6 +31,7 @@ from pyro.util import ignore_jit_warnings
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
+from pyro_flipout._notices import Notices, by_reason
 from pyro_flipout.errors import FlipoutError
 from pyro_flipout.plan.owner import (
     NOT_OWNED,
@@ -40,7 +41,6 @@ from pyro_flipout.plan.owner import (
     remember,
 )
 from pyro_flipout.plan.probe import Probe
-from pyro_flipout.poutine._notices import Notices, by_reason
 from pyro_flipout.poutine.symmetric_draw import (
     ATOMS,
     NO_HANDLERS,
@@ -374,7 +374,8 @@ class FlipoutMessenger(Messenger):
                 "remove the mark or change the distribution"
             )
         if isinstance(found, SymmetricDraw) and self._probe is None:
-            return self._planned.judge(name, found.center) or found
+            reason = self._planned.judge(name, found.center)
+            return found if reason is None else NoDraw(reason)
         return found
 
     def _decide_in_probe(self, msg: Message) -> SymmetricDraw | NoDraw:
