@@ -65,8 +65,7 @@ class Planned:
     def judge(self, site: str, center: Tensor) -> str | None:
         """Why a site that could be flipped is not, ``None`` if it is."""
         if self.plan is None:
-            reason = _remembered(center, site)
-            return reason
+            return _remembered(center, site)
         finding = self.plan.verdict.of(site)
         if finding is None:
             self.forget()
