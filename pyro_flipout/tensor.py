@@ -54,6 +54,8 @@ __all__ = [
     "FlipoutTensor",
     "NoRule",
     "NotExamples",
+    "Router",
+    "Rows",
     "Rule",
     "SignFactor",
     "Term",
