@@ -130,7 +130,7 @@ def _set_generators(states: tuple[Any, ...]) -> None:
 
 
 class _State:
-    """The attributes of a handler or an allocator, and the contents of the containers among them."""
+    """Attributes of a handler or an allocator, and the contents of the containers among them."""
 
     def __init__(self, handler: Any) -> None:
         self._attributes = vars(handler)
