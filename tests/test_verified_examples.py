@@ -198,3 +198,22 @@ def test_a_recorded_call_uses_what_the_first_call_found():
         for _ in range(4):  # as it is, recorded, compared, replayed
             svi.step(torch.randn(8, 3), torch.randn(8))
             assert handler.decisions["w"].startswith("shared: examples mix")
+
+
+def test_a_density_of_another_shape_in_each_run_is_not_passed_over():
+    runs = []
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+        mean = torch.nn.functional.linear(x, w).squeeze(-1)
+        runs.append(mean)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+        mixed = (mean - mean.mean()).expand(len(runs), len(x))
+        pyro.sample("z", dist.Normal(mixed, 1.0).to_event(2), obs=torch.zeros_like(mixed))
+
+    data = torch.randn(8, 3), torch.randn(8)
+    report = check_model(model, AutoNormal(model), *data, strict=False)
+    assert not report.ok
+    assert not report.sites["w"].flipped
+    assert "'z' has another shape with another draw" in report.sites["w"].reason
