@@ -60,6 +60,8 @@ __all__ = [
     "FlipoutTensor",
     "NoRule",
     "NotExamples",
+    "Router",
+    "Rows",
     "Rule",
     "SignFactor",
     "Term",

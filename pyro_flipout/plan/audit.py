@@ -571,6 +571,9 @@ class _Comparison:
     def check(self, found: Densities) -> dict[str, str]:
         """What differs, by observed site."""
         wrong = {name: f"'{name}' is not met" for name in self.bare if name not in found}
+        for name, density in self.bare.items():
+            if name not in self.star or self.star[name].value.shape != density.value.shape:
+                wrong[name] = f"'{name}' has another shape with another draw of the weights"
         of_plates: dict[str, Tensor] = {}
         for name, a, b, c in self._each(found):
             if c.shape != a.shape:

@@ -64,10 +64,15 @@ class Call:
                 simple = isinstance(leaf, (int, str, type(None)))
                 exact.append(leaf if simple else _name(leaf))
                 kinds.append(_name(leaf))
-        stack = tuple(_kind(f) for f in runtime._PYRO_STACK if not isinstance(f, TraceMessenger))
+        stack = tuple(_kind(f) for f in runtime._PYRO_STACK if not _watches(f))
         modes = torch.is_grad_enabled(), torch.get_default_dtype()
         kind = (tuple(kinds), stack, options, modes)
         return Call((tuple(exact), kind), kind, tuple(sizes))
+
+
+def _watches(frame: Messenger) -> bool:
+    """Whether a handler changes nothing that an audit depends on."""
+    return isinstance(frame, TraceMessenger) or getattr(frame, "only_watches", False)
 
 
 def _kind(frame: Messenger) -> Hashable:
