@@ -24,7 +24,7 @@ from pyro_flipout.plan.audit import Audit, Finding, Verdict
 from pyro_flipout.plan.isolation import isolated
 from pyro_flipout.plan.memory import Call, Memory, Plan, memory_of
 from pyro_flipout.plan.probe import Probe
-from pyro_flipout.poutine._notices import Notices
+from pyro_flipout.poutine._notices import Notices, cause
 from pyro_flipout.poutine.symmetric_draw import NoDraw
 from pyro_flipout.tensor import Execution
 
@@ -231,5 +231,5 @@ def _tell(verdict: Verdict, memory: Memory) -> None:
     for site, finding in verdict.findings.items():
         if not finding.flipped:
             reason = f"{finding.reason}; {_REMEDY}" if finding.mixed else finding.reason
-            memory.notices.leave(f"{site}: {reason}", site, reason, wait=True)
+            memory.notices.leave(f"{site}: {cause(reason)}", site, reason, wait=True)
     memory.notices.say()

@@ -105,7 +105,9 @@ class RowsRouter:
             found.append(Choice("constant", 0))
         if usual not in found:
             # Where the sizes say nothing, what the rule says of the data is the better reason.
-            found = [usual, *found] if found[:1] in ([], [Choice("constant", 0)]) else [*found, usual]
+            found = (
+                [usual, *found] if found[:1] in ([], [Choice("constant", 0)]) else [*found, usual]
+            )
         if not self.other_sizes:
             return found
         alike = {

@@ -273,7 +273,15 @@ class FlipoutMessenger(Messenger):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_execution", "_flipped", "_noticed", "_planned", "_sites", "_stack", "_trace"):
+        for name in (
+            "_execution",
+            "_flipped",
+            "_noticed",
+            "_planned",
+            "_sites",
+            "_stack",
+            "_trace",
+        ):
             state.pop(name)
         return state | {"_guide": None}
 
