@@ -37,6 +37,8 @@ __all__ = ["Audit", "Finding", "Verdict"]
 
 ROUNDS = 3
 """With other kinds of the examples each: two that are alike in one are not in another."""
+PATTERNS = 4
+"""Of signs, to be tried until one makes a difference: where one unit is alive, half of them do."""
 MOST_RUNS = 150
 """Runs of the model in search of layouts and of the sites that are at fault."""
 
@@ -341,7 +343,8 @@ class Audit:
         return attempt
 
     def _prove(self, attempt: _Attempt, first: _Run, count: int) -> None:
-        for _ in range(2):
+        blind = attempt.sites
+        for pattern in range(PATTERNS):
             bare, star = self._bare_run({}), self._bare_run(first.probe.patterns())
             comparison = _Comparison(bare.densities, star.densities, count)
             unseen: frozenset[str] = frozenset(attempt.sites)
@@ -361,8 +364,8 @@ class Audit:
                         attempt.wrong = wrong
                         return
             attempt.largest, attempt.elements = comparison.largest, comparison.elements
-            attempt.blind = unseen
-            if not unseen or self._round:
+            blind = attempt.blind = blind & unseen
+            if not blind or pattern == PATTERNS - 1:
                 return
             # Another pattern: with this one the two draws gave equal densities.
             self._start(self._round + 1)
@@ -599,7 +602,7 @@ class _Comparison:
         return still
 
     def _has_elements(self, name: str) -> bool:
-        """Whether the examples have elements of their own in a density, which is no sum of theirs."""
+        """Whether the examples have elements of their own in a density, or it has states."""
         density = self.bare[name]
         sizes = [density.value.size(dim) for dim in density.plates.values()]
         return bool(density.states) or self.num_examples in sizes

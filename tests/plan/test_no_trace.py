@@ -118,7 +118,7 @@ def trained(wrap, model_class=Noisy, steps=3, elbo=Trace_ELBO, **options):
     svi = SVI(wrapped, guide, pyro.optim.Adam({"lr": 0.01}), elbo(**options))
     seed(1)
     losses = [quiet(svi.step, x, y) for _ in range(steps)]
-    store = {name: pyro.param(name).detach().clone() for name in pyro.get_param_store().keys()}
+    store = {name: pyro.param(name).detach().clone() for name in pyro.get_param_store()}
     grads = {name: p.grad.clone() for name, p in guide.named_parameters() if p.grad is not None}
     return losses, generators(), store, dict(model.named_buffers()), grads, model
 
@@ -178,7 +178,7 @@ def test_generators_buffers_and_parameters_after_one_call():
         states[len(states)] = (
             *generators()[1:],
             tuple(buffer.clone() for buffer in model.buffers()),
-            tuple((name, pyro.param(name).clone()) for name in pyro.get_param_store().keys()),
+            tuple((name, pyro.param(name).clone()) for name in pyro.get_param_store()),
             model.calls,
         )
     assert same(states[0], states[1])
@@ -660,18 +660,19 @@ def test_memory_does_not_keep_models_alive():
 
 
 def test_a_function_that_closes_over_its_net_is_not_kept_alive():
-    x, y = data()
-    net = bayesianize(nn.Linear(3, 2))
+    def learn():
+        net = bayesianize(nn.Linear(3, 2))
 
-    def model(x, y=None):
-        mean = net(x)
-        with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
+        def model(x, y=None):
+            mean = net(x)
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
 
-    guide = guide_of(model, x, y)
-    step(flipout(model), guide, x, y)
-    references = weakref.ref(net), weakref.ref(model)
-    del net, model, guide
+        x, y = data()
+        step(flipout(model), guide_of(model, x, y), x, y)
+        return weakref.ref(net), weakref.ref(model)
+
+    references = learn()
     pyro.clear_param_store()
     gc.collect()
     assert [r() for r in references] == [None, None]
