@@ -38,6 +38,8 @@ __all__ = ["Audit", "Finding", "Verdict"]
 
 ROUNDS = 3
 """With other kinds of the examples each: two that are alike in one are not in another."""
+PATTERNS = 4
+"""Of signs, to be tried until one makes a difference: where one unit is alive, half of them do."""
 MOST_RUNS = 150
 """Runs of the model in search of layouts and of the sites that are at fault."""
 
@@ -357,10 +359,11 @@ class Audit:
         return attempt
 
     def _prove(self, attempt: _Attempt, first: _Run, count: int) -> None:
-        for _ in range(2):
+        blind = attempt.sites
+        for pattern in range(PATTERNS):
             bare, star = self._bare_run({}), self._bare_run(first.probe.patterns())
             low = first.probe.router is not None and first.probe.router.low_precision
-            comparison = _Comparison(bare.densities, star.densities, low)
+            comparison = _Comparison(bare.densities, star.densities, count, low)
             unseen: frozenset[str] = frozenset(attempt.sites)
             for round in range(_rounds(count, self.group_size)):
                 run = first if round == 0 else self._again(attempt, count, round)
@@ -378,8 +381,8 @@ class Audit:
                         attempt.wrong = wrong
                         return
             attempt.largest, attempt.elements = comparison.largest, comparison.elements
-            attempt.blind = unseen
-            if not unseen or self._round:
+            blind = attempt.blind = blind & unseen
+            if not blind or pattern == PATTERNS - 1:
                 return
             # Another pattern: with this one the two draws gave equal densities.
             self._start(self._round + 1)
@@ -445,7 +448,7 @@ class Audit:
         """Tells what mixes examples from what cannot be run twice."""
         before = self._bare_run({})
         again = self._run(Probe(self._drawn, grad_mode=self.grad_mode))
-        if _Comparison(before.densities, before.densities).check(again.densities):
+        if _Comparison(before.densities, before.densities, 1).check(again.densities):
             raise _Repeats(
                 "the model gives other numbers when it is run again from the same state, since it "
                 "changes something that is not torch's; say flipout(audit=False) if its examples "
@@ -552,8 +555,10 @@ def _grad(total: Tensor | None, leaves: Sequence[Tensor]) -> list[Tensor]:
 class _Comparison:
     """Compares the densities of flipped runs with those of the bare runs."""
 
-    def __init__(self, bare: Densities, star: Densities, low_precision: bool = False) -> None:
-        self.bare, self.star = bare, star
+    def __init__(
+        self, bare: Densities, star: Densities, num_examples: int, low_precision: bool = False
+    ) -> None:
+        self.bare, self.star, self.num_examples = bare, star, num_examples
         self.largest: dict[str, float] = {}
         self.elements: dict[str, tuple[int, int]] = {}
         dtypes = [d.value.dtype for d in bare.values() if d.value.is_floating_point()]
@@ -628,16 +633,24 @@ class _Comparison:
         still = {}
         for name, why in wrong.items():
             parts = [d[name].value for d in (self.bare, self.star, found, other) if name in d]
-            if len({p.shape for p in parts}) != 1 or len(parts) < 4 or self.bare[name].states:
+            if len({p.shape for p in parts}) != 1 or len(parts) < 4 or self._has_elements(name):
                 still[name] = why
                 continue
             a, b, c, d = parts
-            bad = ~(((c + d) - (a + b)).abs() <= self._tolerance(a, b))
+            # Exact but for rounding. A tolerance relative to the difference of the draws would hide
+            # what is a sum to first order only, as the square of a mean over the examples.
+            bad = ~(((c + d) - (a + b)).abs() <= self._rounding(a, b))
             if bad.any():
                 still[name] = _describe(name, bad)
             else:
                 self.largest[name] = 0.0
         return still
+
+    def _has_elements(self, name: str) -> bool:
+        """Whether the examples have elements of their own in a density, or it has states."""
+        density = self.bare[name]
+        sizes = [density.value.size(dim) for dim in density.plates.values()]
+        return bool(density.states) or self.num_examples in sizes
 
     def totals(
         self, found: Densities, other: Densities | None
@@ -668,11 +681,12 @@ class _Comparison:
                 yield name, density.value, star.value, found[name].value
 
     def _tolerance(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.relative * _distance(a, b) + self._rounding(a, b)
+
+    def _rounding(self, a: Tensor, b: Tensor) -> float:
         a, b = a.detach(), b.detach()
         finite = torch.cat([t[t.isfinite()].abs().flatten() for t in (a, b)])
-        size = float(finite.max()) if finite.numel() else 0.0
-        tolerance: Tensor = self.relative * _distance(a, b) + self.noise(size)
-        return tolerance
+        return self.noise(float(finite.max()) if finite.numel() else 0.0)
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -30,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["Isolated", "isolated"]
 
 T = TypeVar("T")
-_DEPTH = 3
+_DEPTH = 8
 """Of containers within containers among the attributes of a handler."""
 
 
@@ -46,8 +47,8 @@ class Isolated:
         self._written = _Written()
         self.modes: dict[nn.Module, bool] = {}
         self._generators = _generators()
-        # Pyro's one allocator of enumeration dimensions is part of the state of `EnumMessenger`.
-        self._handlers = [_State(o) for o in (*runtime._PYRO_STACK, runtime._ENUM_ALLOCATOR)]
+        around = [*runtime._PYRO_STACK, runtime._ENUM_ALLOCATOR, runtime._DIM_ALLOCATOR]
+        self._handlers = [_State(handler) for handler in around]
         self._names = set(pyro.get_param_store().keys())
         self._buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
 
@@ -204,16 +205,28 @@ def _set_generators(states: tuple[Any, ...]) -> None:
 
 
 class _State:
-    """Attributes of a handler or an allocator, and the contents of the containers among them."""
+    """The attributes of a handler, and the contents of the containers among them.
 
-    def __init__(self, handler: Any) -> None:
+    :param handler: a handler, or another object that runs change.
+    """
+
+    def __init__(self, handler: object) -> None:
         self._attributes = vars(handler)
         self._containers: list[tuple[Any, Any]] = []
+        self._numbers: list[tuple[Any, Any]] = []
+        # Pyro's own handlers write into no tensor, and may hold large ones that are observed.
+        self._seen: set[int] = set()
+        self._is_users = not type(handler).__module__.startswith("pyro.")
         self._add(self._attributes, _DEPTH)
 
     def _add(self, obj: Any, depth: int) -> None:
-        if not isinstance(obj, (dict, list, set)) or depth < 0:
+        if self._is_users and isinstance(obj, Tensor) and obj.layout == torch.strided:
+            self._numbers.append((obj, obj.detach().clone()))
+        elif self._is_users and isinstance(obj, np.ndarray):
+            self._numbers.append((obj, obj.copy()))
+        if not isinstance(obj, (dict, list, set, deque)) or depth < 0 or id(obj) in self._seen:
             return
+        self._seen.add(id(obj))
         self._containers.append((obj, obj.copy()))
         for item in obj.values() if isinstance(obj, dict) else obj:
             self._add(item, depth - 1)
@@ -222,6 +235,15 @@ class _State:
         for container, before in self._containers:
             if isinstance(container, list):
                 container[:] = before
+            elif isinstance(container, deque):
+                container.clear()
+                container.extend(before)
             else:
                 container.clear()
                 container.update(before)
+        for numbers, before in self._numbers:
+            if isinstance(numbers, np.ndarray):
+                numbers[...] = before
+            elif not _same(numbers, before):
+                with torch.no_grad():
+                    numbers.copy_(before)

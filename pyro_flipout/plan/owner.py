@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_flipout._modes import graphed, recorded, transformed
-from pyro_flipout._notices import Notices
+from pyro_flipout._notices import Notices, cause
 from pyro_flipout.errors import FlipoutError
 from pyro_flipout.plan.audit import Audit, Finding, Verdict
 from pyro_flipout.plan.isolation import isolated
@@ -237,7 +237,7 @@ def _tell(verdict: Verdict, memory: Memory) -> None:
     for site, finding in verdict.findings.items():
         if not finding.flipped:
             reason = f"{finding.reason}; {_REMEDY}" if finding.mixed else finding.reason
-            memory.notices.leave(f"{site}: {reason}", site, reason, wait=True)
+            memory.notices.leave(f"{site}: {cause(reason)}", site, reason, wait=True)
         elif finding.tell:
             memory.notices.tell(
                 finding.reason, f"the audit could not verify the model: {finding.reason}"
