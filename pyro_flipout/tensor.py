@@ -36,6 +36,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.overrides import resolve_name
 
+from pyro_flipout._functions import (
+    differentiating,
+    refuse_operator,
+    share_in_functions,
+    watch_gradient,
+)
 from pyro_flipout._modes import (
     as_subclass,
     generator_state,
@@ -71,11 +77,13 @@ class NoRule(Exception):
     :param reason: for the warning or error.
     :param weights: those that have to be shared for the rule to apply to the others; all
         flipped weights of the call if omitted.
+    :param remedy: what to do instead; to register a rule or to hide the site if omitted.
     """
 
-    def __init__(self, reason: str, *weights: FlipoutTensor) -> None:
+    def __init__(self, reason: str, *weights: FlipoutTensor, remedy: str | None = None) -> None:
         super().__init__(reason)
         self.weights = weights
+        self.remedy = remedy
 
 
 class NotExamples(Exception):
@@ -113,6 +121,7 @@ RULES: dict[Callable[..., Any], Rule] = {}
 """The rule of every torch function that knows flipped weights."""
 
 _QUERIES: set[Callable[..., Any]] = set()
+_REFUSED: dict[Callable[..., Any], tuple[str, str]] = {}
 
 
 def implements(
@@ -154,11 +163,23 @@ def queries(*ops: Callable[..., Any]) -> None:
         _QUERIES.add(op)
 
 
+def refuses(*ops: Callable[..., Any], reason: str, remedy: str) -> None:
+    """Registers ``ops`` as functions that leave a weight shared, with words of their own.
+
+    :param reason: why they cannot be computed for each example.
+    :param remedy: what to do instead.
+    """
+    for op in ops:
+        if op in RULES or op in _QUERIES:
+            raise ValueError(f"refuses: {op} is registered already")
+        _REFUSED[op] = reason, remedy
+
+
 def _is_query(op: Callable[..., Any]) -> bool:
     # Attribute reads such as `w.shape` arrive as `torch.Tensor.shape.__get__`.
     if op in _QUERIES:
         return True
-    if getattr(op, "__name__", "") not in ("__get__", "__set__"):
+    if getattr(op, "__name__", "") not in ("__get__", "__set__") or op in _REFUSED:
         return False
     return getattr(op, "__self__", None) not in _VIEWS
 
@@ -776,6 +797,7 @@ class FlipoutTensor(Tensor):
         self._center = center
         self._terms = tuple(terms)
         self._execution = execution
+        watch_gradient(self)
         return self
 
     @property
@@ -902,9 +924,44 @@ class FlipoutTensor(Tensor):
             return NotImplemented  # it calls again without the provenance, and adds that after
         return _dispatch(func, args, kwargs or {})
 
+    @classmethod
+    @_disable_dynamo
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Runs an operator on shared draws that was called past ``__torch_function__``.
+
+        TorchScript, ``torch.func`` over a weight and extensions call operators directly. Autograd
+        has recorded the call by now, and sends its gradient to the shared draw.
+        """
+        arguments = (args, kwargs or {})
+        weights = [weight for weight in _weights(arguments) if weight.has_signs]
+        if weights:
+            refuse_operator(weights, str(func))
+        args, kwargs = unwrap(arguments)
+        return func(*args, **kwargs)
+
+    @property
+    def has_signs(self) -> bool:
+        """Whether the examples see draws that differ."""
+        return not all(term.shared for term in self._terms)
+
+    @classmethod
+    def refuse(
+        cls, weights: Sequence[Any], call: str, reason: str, remedy: str | None = None
+    ) -> None:
+        """Leaves weights of this class shared that met a call without a rule, or raises."""
+        _missing_rule(call, weights, reason, remedy)
+
 
 def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls a torch function on flipped weights by its rule, or on their shared draws."""
+    if differentiating():
+        share_in_functions(func, _weights((args, kwargs)))
     rule = RULES.get(func)
     if rule is None and _is_query(func):
         return func(*unwrap(args), **unwrap(kwargs))
@@ -924,12 +981,13 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             return _with_rows(rows, func, args, kwargs)
     try:
         if rule is None:
-            raise NoRule("there is no flipout rule")
+            reason, remedy = _REFUSED.get(func, ("there is no flipout rule", None))
+            raise NoRule(reason, remedy=remedy)
         if kwargs.get("out") is not None:
             raise NoRule("the result is written into out=; use what the call returns instead")
         return rule.apply(func, *args, **kwargs)
     except NoRule as why:
-        _missing_rule(describe(func), why.weights or flipped, str(why))
+        _missing_rule(describe(func), why.weights or flipped, str(why), why.remedy)
         if why.weights:
             return _dispatch(func, args, kwargs)
     except NoExampleDim as why:
@@ -1111,7 +1169,12 @@ def unwrap(obj: Any) -> Any:
 
 def describe(op: Callable[..., Any]) -> str:
     """Public name of a torch function, for messages."""
-    return str(resolve_name(op) or getattr(op, "__name__", op))
+    name = resolve_name(op)
+    if name is None:
+        name = getattr(op, "__qualname__", None) or getattr(op, "__name__", None) or str(op)
+        module = getattr(op, "__module__", None)
+        return f"{module}.{name}" if module else str(name)
+    return str(name)
 
 
 def _weights(args: Iterable[Any]) -> list[FlipoutTensor]:
@@ -1132,16 +1195,17 @@ def _share(flipped: Sequence[FlipoutTensor], reason: str) -> None:
         weight.execution.share(weight.draws, reason)
 
 
-def _missing_rule(name: str, flipped: Sequence[FlipoutTensor], reason: str) -> None:
+def _missing_rule(
+    name: str, flipped: Sequence[FlipoutTensor], reason: str, remedy: str | None = None
+) -> None:
     if _are_single(flipped):
+        for weight in flipped:  # one example sees the shared draw: nothing to warn of
+            for draw in weight.draws:
+                draw.shared = True
         return
     site = " and ".join(dict.fromkeys(w.site for w in flipped))
-    remedy = "register a rule with pyro_flipout.implements, or hide it with flipout(hide=[...])"
-    if any(draw.site in w.execution.picked for w in flipped for draw in w.draws):
-        remedy = (
-            "to pick an entry for each example write "
-            f"F.embedding(index, w.unsqueeze(-1)).squeeze(-1) in place of w[index]; else {remedy}"
-        )
+    if remedy is None:
+        remedy = _usual_remedy(flipped)
     message = f"in {name}, {reason}; {remedy}"
     error = MissingRuleError(f"flipout: site '{site}': {message}")
     strict = any(w.execution.on_missing_rule == "error" for w in flipped)
@@ -1167,6 +1231,16 @@ def _share_unless_single(flipped: Sequence[FlipoutTensor], reason: str) -> None:
 def _are_single(flipped: Sequence[FlipoutTensor]) -> bool:
     """Whether one example sees the shared draw, whatever the operation."""
     return all(w.execution.is_single for w in flipped)
+
+
+def _usual_remedy(flipped: Sequence[FlipoutTensor]) -> str:
+    remedy = "register a rule with pyro_flipout.implements, or hide it with flipout(hide=[...])"
+    if any(draw.site in w.execution.picked for w in flipped for draw in w.draws):
+        return (
+            "to pick an entry for each example write "
+            f"F.embedding(index, w.unsqueeze(-1)).squeeze(-1) in place of w[index]; else {remedy}"
+        )
+    return remedy
 
 
 def _hold(

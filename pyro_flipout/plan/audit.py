@@ -28,6 +28,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_flipout.errors import FlipoutError
 from pyro_flipout.plan.densities import Density, log_densities, plate_sizes
 from pyro_flipout.plan.isolation import Isolated
 from pyro_flipout.plan.probe import Drawn, Probe, kinds_of
@@ -377,7 +378,11 @@ class Audit:
         expected, found = comparison.totals(
             run.densities, None if other is None else other.densities
         )
-        want, got = (_grad(total, leaves) for total in (expected, found))
+        want = _grad(expected, leaves)
+        try:
+            got = _grad(found, leaves)
+        except FlipoutError as why:  # a gradient came where the rules send none
+            return {"": str(why)}, frozenset()
         wrong, unseen = {}, set()
         largest = max((float(g.abs().max()) for g in want if g.numel()), default=0.0)
         floor = comparison.noise(largest)

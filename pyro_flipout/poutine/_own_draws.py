@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from pyro_flipout._functions import differentiating, share_in_functions, watch_gradient
 from pyro_flipout._modes import as_subclass
 from pyro_flipout.errors import MissingRuleError
 from pyro_flipout.poutine.flipout_messenger import FlipoutMessenger, _particle_dims
@@ -76,6 +77,7 @@ class OwnDrawsTensor(FlipoutTensor):
         self._plain, self._terms, self._execution = plain, tuple(terms), execution
         self._origin, self._maps = origin, maps
         self._center = self.image(origin.found.center)
+        watch_gradient(self)
         return self
 
     def image(self, value: Tensor) -> Tensor:
@@ -83,6 +85,12 @@ class OwnDrawsTensor(FlipoutTensor):
         for fn in self._maps:
             value = fn(value)
         return value
+
+    def mark_used(self) -> None:
+        """Notes that examples have seen draws of their own."""
+        self._origin.used = True
+        for draw in self.draws:
+            draw.used = True
 
     def mapped(self: T, fn: Callable[[Tensor], Tensor]) -> T:
         """The weight under one more linear map, which moves entries only."""
@@ -98,6 +106,8 @@ class OwnDrawsTensor(FlipoutTensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if differentiating():
+            share_in_functions(func, _walk((args, kwargs), cls))
         own = [w for w in _walk((args, kwargs), cls) if w.terms]
         rule = cls.rules.get(func)
         known = RULES.get(func)
@@ -108,14 +118,16 @@ class OwnDrawsTensor(FlipoutTensor):
                     raise NoRule("it has no rule")
                 return rule(func, *args, **kwargs)
             except (NoRule, NotExamples) as why:
-                cls.refuse(own, func, str(why))
+                cls.refuse(own, describe(func), str(why))
         return func(*_plain(args, cls), **_plain(kwargs, cls))
 
     @classmethod
-    def refuse(cls, own: Sequence[Any], func: Callable[..., Any], reason: str) -> None:
+    def refuse(
+        cls, weights: Sequence[Any], call: str, reason: str, remedy: str | None = None
+    ) -> None:
         """Leaves the weights of a call shared, or raises."""
-        message = f"{cls.estimator} cannot be used in {describe(func)}: {reason}"
-        for weight in own:
+        message = f"{cls.estimator} cannot be used in {call}: {reason}"
+        for weight in weights:
             if weight.execution.on_missing_rule == "error":
                 remedy = f"hide it with {cls.estimator}(hide=[...])"
                 raise MissingRuleError(f"site '{weight.site}': {message}; {remedy}")

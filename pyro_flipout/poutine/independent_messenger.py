@@ -39,7 +39,7 @@ class IndependentTensor(OwnDrawsTensor):
             raise ValueError(f"materialize: got N = {num_examples}, but {known} is known")
         if not origin.used:
             fn, view = origin.found.fn, origin.found.view
-            origin.used = True
+            self.mark_used()
             origin.explicit = torch.stack([view(fn.rsample()) for _ in range(known)])
         return torch.vmap(self.image)(origin.explicit)
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,11 +41,13 @@ class LocallyReparameterized(OwnDrawsTensor):
         return self.image(found.view(fn.scale.expand(_shape(found.fn))))
 
     @classmethod
-    def refuse(cls, own: Any, func: Callable[..., Any], reason: str) -> None:
+    def refuse(
+        cls, weights: Sequence[Any], call: str, reason: str, remedy: str | None = None
+    ) -> None:
         """Leaves the weights of a call shared, or raises."""
-        for weight in own:
-            _check_first_use(weight, func)
-        super().refuse(own, func, reason)
+        for weight in weights:
+            _check_first_use(weight, call)
+        super().refuse(weights, call, reason, remedy)
 
 
 class LocalReparameterizationMessenger(OwnDrawsMessenger):
@@ -106,11 +108,11 @@ def _shape(fn: Distribution | None) -> torch.Size:
     return fn.batch_shape + fn.event_shape
 
 
-def _check_first_use(weight: Any, op: Callable[..., Any]) -> None:
+def _check_first_use(weight: Any, call: str) -> None:
     if weight._origin.used:
         raise FlipoutError(
             f"local_reparameterization: site '{weight.site}' is used a second time in one "
-            f"execution, in {describe(op)}. What it did to the examples was drawn without it, so "
+            f"execution, in {call}. What it did to the examples was drawn without it, so "
             "that two uses would not see one weight; hide it with "
             f"local_reparameterization(hide=['{weight.site}']), or use flipout"
         )
@@ -118,9 +120,9 @@ def _check_first_use(weight: Any, op: Callable[..., Any]) -> None:
 
 def _use(weight: Any, op: Callable[..., Any], data: Tensor) -> tuple[Tensor, Tensor]:
     """Centre and variance of a weight, which now counts as used."""
-    _check_first_use(weight, op)
+    _check_first_use(weight, describe(op))
     weight.execution.count(data.size(0), f"data of shape {tuple(data.shape)}")
-    weight._origin.used = True
+    weight.mark_used()
     return weight.center, weight.scale**2
 
 

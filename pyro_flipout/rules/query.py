@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_flipout.errors import FlipoutError
-from pyro_flipout.tensor import FlipoutTensor, NoRule, implements, queries
+from pyro_flipout.tensor import FlipoutTensor, NoRule, implements, queries, refuses
 
 queries(
     # size and type
@@ -34,7 +34,6 @@ queries(
     Tensor.is_signed,
     Tensor.get_device,
     Tensor.untyped_storage,
-    Tensor.data_ptr,
     torch.numel,
     torch.is_floating_point,
     torch.is_complex,
@@ -78,11 +77,48 @@ queries(
     Tensor.new_tensor,
     # autograd and copies
     Tensor.requires_grad_,
-    Tensor.retain_grad,
-    Tensor.register_hook,
     Tensor.__deepcopy__,
     Tensor.__reduce_ex__,
 )
+
+
+_NO_GRADIENT = "the gradient with respect to a flipped weight is another one for each example"
+
+refuses(
+    Tensor.register_hook,
+    Tensor.register_post_accumulate_grad_hook,
+    Tensor.retain_grad,
+    Tensor.grad_fn.__get__,  # type: ignore[union-attr]
+    reason=_NO_GRADIENT,
+    remedy=(
+        "register hooks on the parameters of the guide, or hide the site with flipout(hide=[...])"
+    ),
+)
+
+refuses(
+    Tensor.data_ptr,
+    reason="code that reads the memory of a weight sees one draw for all examples",
+    remedy="compute with torch functions, or hide the site with flipout(hide=[...])",
+)
+
+
+@implements(
+    torch.autograd.grad,
+    flips="nothing: the gradient with respect to the shared draw, if examples have not seen others",
+    limits="the gradient with respect to a weight that was used: an error",
+)
+def grad(op: Callable[..., Any], outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    inputs = inputs if isinstance(inputs, (list, tuple)) else (inputs,)
+    weights = [w for w in inputs if isinstance(w, FlipoutTensor) and w.has_signs]
+    used = dict.fromkeys(draw.site for w in weights for draw in w.draws if draw.used)
+    if used:
+        raise FlipoutError(
+            f"flipout: torch.autograd.grad was asked for the gradient with respect to "
+            f"{sorted(used)}, but the examples have used draws of their own, so that it is another "
+            "one for each example; ask for the gradient with respect to parameters of the guide, "
+            "or hide the site with flipout(hide=[...])"
+        )
+    raise NoRule(_NO_GRADIENT, remedy="ask for that of parameters of the guide, or hide the site")
 
 
 @implements(
@@ -104,10 +140,4 @@ def norm(op: Callable[..., Tensor], input: FlipoutTensor, *args: Any, **kwargs: 
 
 @implements(Tensor.detach, flips="nothing: the shared draw")
 def detach(op: Callable[..., Tensor], input: FlipoutTensor) -> Tensor:
-    if torch._C._current_graph_task_id() != -1:  # torch.utils.checkpoint detaches in backward
-        raise FlipoutError(
-            f"flipout: site '{input.site}' was given to torch.utils.checkpoint as an argument, "
-            "which recomputes it with use_reentrant=True from the shared draw; "
-            "set use_reentrant=False"
-        )
     return op(input.plain)

@@ -177,6 +177,16 @@ def detach_is_plain():
 
 CASES.append((Tensor.detach, "shared draw", detach_is_plain))
 
+
+def gradient_is_of_the_shared_draw():
+    w = W(2, 3)
+    with pytest.warns(FlipoutWarning, match="torch.autograd.grad, .* another one for each"):
+        (grad,) = torch.autograd.grad((w.plain * 3.0).sum(), w)
+    assert torch.equal(grad, torch.full_like(grad, 3.0))
+
+
+CASES.append((torch.autograd.grad, "shared draw", gradient_is_of_the_shared_draw))
+
 # --------------------------------------------------------------------- weight norm
 
 for dim in (0, 1, -1):

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from pyro_flipout import FlipoutError, FlipoutWarning, MissingRuleError, flipout
+from pyro_flipout import FlipoutWarning, MissingRuleError, flipout
 from pyro_flipout.tensor import Execution, FlipoutTensor, flip
 from pyro_flipout.testing import check_rule, random_weight
 from tests.helpers import kinds
@@ -273,11 +273,24 @@ def test_checkpoint_with_weights_as_arguments():
     assert_same(out, F.linear(x, w), {"w": w})
 
 
-def test_reentrant_checkpoint_with_weights_as_arguments_is_refused():
+def test_reentrant_checkpoint_with_weights_as_arguments_is_shared():
+    """Its backward pass runs on other tensors, which do not know that they are flipped."""
     w, x = random_weight(2, 3), data(N, 3)
-    out = checkpoint(F.linear, x, w, use_reentrant=True)
-    with pytest.raises(FlipoutError, match="site 'weight' .* set use_reentrant=False"):
-        out.sum().backward()
+    match = "'weight' keeps its shared draw: in torch.utils.checkpoint with .* use_reentrant=False"
+    with pytest.warns(FlipoutWarning, match=match) as caught:
+        out = checkpoint(F.linear, x, w, use_reentrant=True)
+    assert len(caught) == 1
+    leaves = (x, w.center, w.plain)
+    for leaf in leaves:
+        leaf.retain_grad()
+    out.sin().sum().backward()
+    actual = [leaf.grad for leaf in leaves]
+    expected = torch.autograd.grad(
+        F.linear(x, w.plain).sin().sum(), leaves, retain_graph=True, allow_unused=True
+    )
+    torch.testing.assert_close(out, F.linear(x, w.plain))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # ------------------------------------------------------------------------------- exact
