@@ -42,7 +42,8 @@ class Isolated:
     def __init__(self) -> None:
         self.modes: dict[nn.Module, bool] = {}
         self._generators = _generators()
-        self._handlers = [_State(frame) for frame in runtime._PYRO_STACK]
+        # Pyro's one allocator of enumeration dimensions is part of the state of `EnumMessenger`.
+        self._handlers = [_State(o) for o in (*runtime._PYRO_STACK, runtime._ENUM_ALLOCATOR)]
         self._names = set(pyro.get_param_store().keys())
         self._buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
 
@@ -129,9 +130,9 @@ def _set_generators(states: tuple[Any, ...]) -> None:
 
 
 class _State:
-    """The attributes of a handler, and the contents of the containers among them."""
+    """The attributes of a handler (or an allocator), and the contents of the containers among them."""
 
-    def __init__(self, handler: Messenger) -> None:
+    def __init__(self, handler: Any) -> None:
         self._attributes = vars(handler)
         self._containers: list[tuple[Any, Any]] = []
         self._add(self._attributes, _DEPTH)
