@@ -372,7 +372,7 @@ def time_major_matmul(x):
     return h.mean(0).sum(-1)
 
 
-@on_series()
+@on_series(was_right=True)
 def time_major_attention(x):
     q = x.transpose(0, 1)
     out, _ = F.multi_head_attention_forward(
@@ -405,7 +405,7 @@ def ragged(**options):
             return model, (torch.randn(len(owner), D), torch.randn(n))
 
         make.__name__ = net.__name__
-        kind(**options)(make)
+        kind(**{"was_right": True, **options})(make)
         return net
 
     return register
@@ -450,7 +450,7 @@ def ragged_attention(rows):
     return torch.tanh(out).sum((1, 2))
 
 
-@kind()
+@kind(was_right=True)
 def ragged_packed(n, t, observe):
     lengths = (1 + torch.arange(n) % t).flip(0)
 
@@ -463,7 +463,7 @@ def ragged_packed(n, t, observe):
     return model, _series(n, t)
 
 
-@kind()
+@kind(was_right=True)
 def ragged_and_context(n, t, observe):
     """Rows by owner, then what is one row an example, in and out of the block."""
     owner = _owner(n, t)
@@ -478,6 +478,29 @@ def ragged_and_context(n, t, observe):
     return model, (torch.randn(len(owner), D), torch.randn(n))
 
 
+@kind(shared="w b")
+def ragged_unnamed(n, t, observe):
+    """Nobody says whose the rows are."""
+    owner = _owner(n, t)
+
+    def model(rows, y):
+        h = torch.tanh(F.linear(rows, weight("w", 4, D), weight("b", 4))).sum(-1)
+        observe(rows.new_zeros(n).index_add(0, owner, h), y)
+
+    return model, (torch.randn(len(owner), D), torch.randn(n))
+
+
+@kind(shared="w", sizes=((6, 4), (6, 3)))
+def ragged_unnamed_packed(n, t, observe):
+    lengths = (1 + torch.arange(n) % t).flip(0)
+
+    def model(x, y):
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        observe(_packed_sum(packed, F.embedding((packed.data[:, 0] > 0).long(), weight("w", 2, 4)).tanh().sum(-1)), y)
+
+    return model, _series(n, t)
+
+
 # -------------------------------------------------------------------------- constants
 
 
@@ -485,7 +508,7 @@ def _constant(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@on_rows()
+@on_rows(shared="theta")
 def qr_matrix(x):
     return x @ (torch.linalg.inv(torch.linalg.qr(_constant(5, D))[1]) @ weight("theta", D))
 
@@ -500,7 +523,7 @@ def hypernetwork(x):
     return torch.tanh(x @ F.linear(_constant(D, 2), weight("w", 4, 2))).sum(-1)
 
 
-@on_rows()
+@on_rows(shared="eps")
 def tril_times_eps(x):
     return x @ (_constant(D, D).tril() @ weight("eps", D))
 
@@ -512,7 +535,7 @@ def table_by_weight(x):
     return torch.tanh(logits).sum(-1)
 
 
-@on_rows()
+@on_rows(shared="w")
 def position_dependent(x):
     """A parameter as input, beside the data."""
     inducing = torch.nn.Parameter(_constant(D, D))
@@ -527,7 +550,7 @@ def positional_encoding(x):
     return torch.tanh(h).sum((1, 2))
 
 
-@on_series()
+@on_series(was_right=True)
 def positional_encoding_first(x):
     h = F.embedding(torch.arange(x.size(1)), weight("w", x.size(1), D)) + x
     return torch.tanh(F.linear(h, weight("v", 1, D))).sum((1, 2))
@@ -634,7 +657,7 @@ def block_diagonal_batch(n, t, observe):
     return model, _series(n, t)
 
 
-@kind(sizes=((6, 4), (4, 4)))
+@kind(sizes=((6, 4), (4, 4)), was_right=True)
 def series_with_ar_errors(n, t, observe):
     """AR(1) errors along each series, series are the examples."""
 
@@ -665,7 +688,7 @@ def graph_of_two_layers(x):
 def graph_by_index(x):
     source, target = torch.arange(len(x)), torch.arange(len(x)).roll(1)
     h = F.linear(x, weight("w", 4, D))
-    return torch.tanh(torch.zeros_like(h).index_add(0, target, h[source])).sum(-1)
+    return torch.tanh(h.index_add(0, target, h[source])).sum(-1)
 
 
 @on_rows(shared="w")
@@ -676,8 +699,9 @@ def graph_two_components(x):
     return torch.tanh(h + swapped).sum(-1)
 
 
-@on_rows(shared="q k v")
+@on_rows(shared="k v")
 def attention_over_examples(x):
+    """The query of a row is its own."""
     q, k, v = (x @ weight(name, D, 4) for name in "qkv")
     return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].sum(-1)
 
@@ -701,8 +725,9 @@ def batch_statistics(x):
     return torch.tanh(h).sum(-1)
 
 
-@on_rows(shared="w gamma beta", sizes=((6, 4), (D, D)))
+@on_rows(shared="w", sizes=((6, 4), (D, D)))
 def batch_statistics_of_a_layer(x):
+    """What comes after the statistics is each row's own."""
     h = torch.tanh(F.linear(x, weight("w", 4, D)))
     h = F.batch_norm(h, None, None, weight("gamma", 4), weight("beta", 4), training=True)
     return torch.tanh(h).sum(-1)
@@ -802,7 +827,7 @@ def all_pairs(x, y, t, observe):
     observe((m[:, None] * m).flatten(), (y[:, None] * y).flatten())
 
 
-@kind(shared="w", sizes=((6, 8), (5, 5), (4, 2)), needs_plate=True)
+@kind(shared="w", sizes=((6, 8), (5, 5), (4, 6)), needs_plate=True)
 def bradley_terry(n, t, observe):
     """t games of n players."""
 
@@ -815,7 +840,7 @@ def bradley_terry(n, t, observe):
     return model, (torch.randn(n, D), (torch.rand(t) < 0.5).to(torch.get_default_dtype()))
 
 
-@kind(shared="w", sizes=((6, 8), (5, 5), (4, 2)))
+@kind(shared="w", sizes=((6, 8), (5, 5), (4, 6)))
 def score_differences(n, t, observe):
     def model(x, y):
         s = torch.tanh(F.linear(x, weight("w", 1, D))).squeeze(-1)
@@ -872,7 +897,7 @@ def contrastive(x, y, t, observe):
     pyro.factor("nce", -F.cross_entropy(logits, torch.arange(len(x)), reduction="sum"))
 
 
-@joint(shared="w v")
+@joint(shared="v")
 def contrastive_two_towers(x, y, t, observe):
     a, b = x @ weight("w", D, 4), x.flip(-1) @ weight("v", D, 4)
     with pyro.plate("data", len(x)):
