@@ -338,9 +338,7 @@ class Audit:
                 run = self._flipped_run(flipped, count, 0, router)
             except Exception as why:
                 wrong = {"": f"{type(why).__name__}: {why}"}
-                return _Attempt(
-                    flipped, choices, excluded, wrong, {**options, **router.options}
-                )
+                return _Attempt(flipped, choices, excluded, wrong, {**options, **router.options})
             options.update(router.options)  # also those of calls that a rule left shared
             newly = {s: why for s, why in run.probe.shared.items() if s in flipped}
             if not newly:
@@ -384,8 +382,8 @@ class Audit:
     def _mirrored(self, attempt: _Attempt, first: _Run, count: int) -> dict[str, str]:
         """What differs if the second draw is the first one mirrored.
 
-        A random pattern leaves some elements of a small weight as they are. An element of the density
-        that has these of one example and the others of another one looks like one of the draws then.
+        A random pattern leaves some elements of a small weight as they are. A density that has these
+        of one example, and the others of another one, looks like one of the two draws then.
         """
         drawn, bare = self._drawn, self._bare
         codes = {site: mirrored_codes(draw) for site, draw in first.probe.draws.items()}

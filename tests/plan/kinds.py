@@ -1,7 +1,7 @@
 """Models of every kind in which rows of data are not one row an example.
 
-Each is a function of the sizes N (examples) and T (frames, atoms, states, players), and of how it is
-observed: ``observe(mean, y)`` under a plate or as independent dimensions.
+Each is a function of the sizes N (examples) and T (frames, atoms, states, players), and of how it
+is observed: ``observe(mean, y)`` under a plate or as independent dimensions.
 """
 
 from __future__ import annotations
@@ -158,9 +158,12 @@ def fold_then_pool(x):
 
 @on_series()
 def fold_einsum(x):
-    return torch.einsum("rd,hd->rh", x.reshape(-1, D), weight("w", 4, D)).tanh().view(
-        len(x), -1
-    ).sum(-1)
+    return (
+        torch.einsum("rd,hd->rh", x.reshape(-1, D), weight("w", 4, D))
+        .tanh()
+        .view(len(x), -1)
+        .sum(-1)
+    )
 
 
 @on_series()
@@ -496,7 +499,13 @@ def ragged_unnamed_packed(n, t, observe):
 
     def model(x, y):
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        observe(_packed_sum(packed, F.embedding((packed.data[:, 0] > 0).long(), weight("w", 2, 4)).tanh().sum(-1)), y)
+        observe(
+            _packed_sum(
+                packed,
+                F.embedding((packed.data[:, 0] > 0).long(), weight("w", 2, 4)).tanh().sum(-1),
+            ),
+            y,
+        )
 
     return model, _series(n, t)
 

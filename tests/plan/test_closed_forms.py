@@ -168,7 +168,7 @@ def estimate(model, guide, args, elbo, repeats, audit):
     return first_steps(model, guide, args, elbo, repeats)
 
 
-def check(mean, repeats, audit=True):
+def check(mean, repeats, audit=True, elbo=None):
     """How far the mean loss and gradient are from the closed form, in standard errors."""
     x, y = 1 + 0.2 * torch.randn(N, T, D), torch.randn(N)
     model = model_of(mean)
@@ -177,7 +177,7 @@ def check(mean, repeats, audit=True):
     exact = expected_loss(mean, guide, x, y)
     grads = torch.autograd.grad(exact, list(guide.parameters()))
     expected = torch.cat([exact.detach()[None], *(g.flatten() for g in grads)]).double()
-    found = estimate(model, guide, (x, y), Trace_ELBO(), repeats, audit)
+    found = estimate(model, guide, (x, y), elbo or Trace_ELBO(), repeats, audit)
     return deviation(found, expected), bonferroni(len(expected))
 
 
@@ -207,6 +207,45 @@ WRONG = [m for m in LINEAR if m not in (ragged, time_major)]  # these were told 
 @pytest.mark.parametrize("mean", slow_but([folded, graph], WRONG))
 def test_the_bound_is_exceeded_without_the_audit(mean):
     z, bound = check(mean, DRAWS, audit=False)
+    assert z > bound
+
+
+# --------------------------------------------------------------- vectorised particles
+
+
+def dense_particles(x, w):
+    return (x[:, 0] * w).sum(-1), x[:, 0]
+
+
+def folded_particles(x, w):
+    means = (x.flatten(0, 1) * w).sum(-1)
+    return means.view(*means.shape[:-1], N, T).sum(-1), x.sum(1)
+
+
+def time_major_particles(x, w):
+    means = (x.transpose(0, 1) * w.unsqueeze(-2)).sum(-1)
+    return means.sum(-2), x.sum(1)
+
+
+def graph_particles(x, w):
+    near = torch.full((N, N), 1 / N)
+    return (x[:, 0] * w).sum(-1) @ near, near @ x[:, 0]
+
+
+PARTICLES = [dense_particles, folded_particles, time_major_particles, graph_particles]
+
+
+@pytest.mark.parametrize("mean", slow_but([folded_particles, graph_particles], PARTICLES))
+def test_vectorised_particles(mean):
+    elbo = Trace_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=1)
+    z, bound = check(mean, DRAWS, elbo=elbo)
+    assert z < bound
+
+
+@pytest.mark.parametrize("mean", [graph_particles])
+def test_vectorised_particles_exceed_the_bound_without_the_audit(mean):
+    elbo = Trace_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=1)
+    z, bound = check(mean, DRAWS, audit=False, elbo=elbo)
     assert z > bound
 
 

@@ -1,4 +1,4 @@
-"""Every example sees one weight of its own, or all see one: exactly, and for all kinds of models."""
+"""Every example sees one weight of its own, or all see one: exactly, for all kinds of models."""
 
 import contextlib
 import warnings
@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyro.distributions import Independent
 from pyro.infer.autoguide import AutoNormal
+from pyro.poutine.util import site_is_subsample
 
 from pyro_flipout import FlipoutWarning
 from tests.helpers import Recording, kinds, randomize
@@ -49,9 +50,8 @@ def densities(trace, latent):
     """Log-densities of all sites but weights, rows of examples first where there are any."""
     found = {}
     for name, node in trace.nodes.items():
-        if node["type"] == "sample" and name not in latent and "_INPUT" not in name:
-            if type(node["fn"]).__name__ != "_Subsample":
-                found[name] = by_example(node)
+        if node["type"] == "sample" and name not in latent and not site_is_subsample(node):
+            found[name] = by_example(node)
     return found
 
 
