@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 from pyro_flipout.errors import FlipoutError
 from pyro_flipout.plan.densities import Density, log_densities, plate_sizes
 from pyro_flipout.plan.isolation import Isolated
-from pyro_flipout.plan.probe import Drawn, Probe, kinds_of
+from pyro_flipout.plan.probe import Drawn, Probe, kinds_of, mirrored_codes
 from pyro_flipout.plan.rows import Choice, Key, RowsRouter
 
 __all__ = ["Audit", "Finding", "Verdict"]
@@ -260,19 +260,26 @@ class Audit:
         if first.wrong:
             self._check_repeats()
         best, options = first, dict(first.options)
-        for layouts in _alternatives(options):
-            attempt = self._attempt(sites, count, layouts)
-            options.update({k: v for k, v in attempt.options.items() if k not in options})
-            if len(attempt.seen) > len(best.seen):
-                best = attempt
-            if len(best.seen) == len(sites):
-                return best
+        base: dict[Key, Choice] = {}
+        while True:  # from the best layouts on, as long as others flip more sites
+            before = len(best.seen)
+            for layouts in _alternatives(options):
+                attempt = self._attempt(sites, count, {**base, **layouts})
+                options.update({k: v for k, v in attempt.options.items() if k not in options})
+                if len(attempt.seen) > len(best.seen):
+                    best = attempt
+                if len(best.seen) == len(sites):
+                    return best
+            if len(best.seen) == before or self.runs > MOST_RUNS:
+                break
+            base = best.choices
         if first.error is not None and (self._strict or isinstance(first.error, FlipoutError)):
             raise first.error
         if best.holds and len(best.seen) + len(first.excluded) >= len(sites):
             return best
         alone = self._one_by_one(sites, count, options, first)
-        return alone if len(alone.seen) > len(best.seen) or not best.holds else best
+        # Of two that flip as many, the one whose reasons are those of the likeliest layout.
+        return alone if len(alone.seen) >= len(best.seen) or not best.holds else best
 
     def _one_by_one(
         self,
@@ -348,13 +355,14 @@ class Audit:
                 run = self._flipped_run(flipped, count, 0, router)
             except Exception as why:
                 wrong = {"": f"{type(why).__name__}: {why}"}
-                return _Attempt(flipped, choices, excluded, wrong, router.options, why)
-            options = router.options
+                every = {**options, **router.options}
+                return _Attempt(flipped, choices, excluded, wrong, every, why)
+            options.update(router.options)  # also those of calls that a rule left shared
             newly = {s: why for s, why in run.probe.shared.items() if s in flipped}
             if not newly:
                 break
             excluded.update(newly)
-        attempt = _Attempt(flipped, _used(choices, options), excluded, {}, options)
+        attempt = _Attempt(flipped, _used(choices, router.options), excluded, {}, options)
         self._prove(attempt, run, count)
         return attempt
 
@@ -380,6 +388,9 @@ class Audit:
                     if wrong:
                         attempt.wrong = wrong
                         return
+            attempt.wrong = self._mirrored(attempt, first, count)
+            if attempt.wrong:
+                return
             attempt.largest, attempt.elements = comparison.largest, comparison.elements
             blind = attempt.blind = blind & unseen
             if not blind or pattern == PATTERNS - 1:
@@ -387,6 +398,31 @@ class Audit:
             # Another pattern: with this one the two draws gave equal densities.
             self._start(self._round + 1)
             first = self._again(attempt, count, 0)
+
+    def _mirrored(self, attempt: _Attempt, first: _Run, count: int) -> dict[str, str]:
+        """What differs if the second draw is the first one mirrored.
+
+        A random pattern leaves some elements of a small weight as they are. A density that has these
+        of one example, and the others of another one, looks like one of the two draws then.
+        """
+        drawn, bare = self._drawn, self._bare
+        codes = {site: mirrored_codes(draw) for site, draw in first.probe.draws.items()}
+        self._drawn = drawn | {s: replace(drawn[s], codes=of_site) for s, of_site in codes.items()}
+        self._bare = {key: run for key, run in bare.items() if not key}
+        try:
+            for round in range(_rounds(count, self.group_size)):
+                run = self._again(attempt, count, round)
+                star = self._bare_run(run.probe.patterns())
+                comparison = _Comparison(self._bare_run({}).densities, star.densities)
+                wrong = comparison.check(run.densities)
+                if wrong:
+                    other = self._again(attempt, count, round, exchanged=True)
+                    wrong = comparison.check_sum(run.densities, other.densities, wrong)
+                if wrong:
+                    return wrong
+        finally:
+            self._drawn, self._bare = drawn, bare
+        return {}
 
     def _gradients(
         self, attempt: _Attempt, comparison: _Comparison, run: _Run, other: _Run | None

@@ -156,6 +156,17 @@ def pattern_of(draw: Draw, like: Tensor) -> Tensor:
     return pattern
 
 
+def mirrored_codes(draw: Draw) -> Tensor:
+    """Codes of the pattern that is -1 everywhere, by one factor that a rule did not do without."""
+    found: list[Tensor] = []
+    mirrored = False
+    for source, codes in draw.factors:
+        here = not (mirrored or source.dropped)
+        mirrored |= here
+        found.append(codes.new_full((codes.numel(),), 2 if here else 0, dtype=torch.int32))
+    return torch.cat(found)
+
+
 def codes_of(site: str, value: Tensor, lead_dims: int, round: int) -> Tensor:
     """Codes of a pattern that is not all ones, the same in every run of a round."""
     generator = torch.Generator().manual_seed(zlib.crc32(site.encode()) + 7919 * round)

@@ -78,7 +78,13 @@ def matmul(
 
 def _letters(count: int) -> str:
     # Batch dimensions broadcast aligned right, so letters count from the right.
-    return "zyxwvuts"[:count][::-1] if count > 0 else ""
+    if count > len(_LETTERS):
+        raise NoRule(f"the data have {count + 2} dimensions")
+    return _LETTERS[:count][::-1] if count > 0 else ""
+
+
+_LETTERS = "zyxwvutsqponmljihgfedba"
+"""Without those of rows, columns, and what is summed over."""
 
 
 def is_weight(tensor: Any) -> bool:
