@@ -40,6 +40,8 @@ ROUNDS = 3
 """With other kinds of the examples each: two that are alike in one are not in another."""
 PATTERNS = 4
 """Of signs, to be tried until one makes a difference: where one unit is alive, half of them do."""
+_FEW_CODES = 8
+"""Of a weight, so that a random pattern may well leave a given part of it as it is."""
 MOST_RUNS = 150
 """Runs of the model in search of layouts and of the sites that are at fault."""
 
@@ -77,6 +79,8 @@ class Verdict:
     :ivar elements: for each observed site, how many elements see W*, of how many that could.
     :ivar runs: how often the model was run.
     :ivar others: what holds for sites that the audit did not meet.
+    :ivar of_integers: whether the layouts may depend on integers among the arguments.
+    :ivar shuffled: whether they were seen not to, with those integers in another order.
     """
 
     num_examples: int | None
@@ -86,6 +90,8 @@ class Verdict:
     elements: dict[str, tuple[int, int]] = field(default_factory=dict)
     runs: int = 0
     others: Finding | None = None
+    of_integers: bool = False
+    shuffled: bool = False
 
     def of(self, site: str) -> Finding | None:
         """What was found of a site, or of all that were not met."""
@@ -116,6 +122,8 @@ class _Attempt:
     wrong: dict[str, str]
     options: dict[Key, list[Choice]]
     error: Exception | None = None
+    of_integers: bool = False
+    shuffled: bool = False
     blind: frozenset[str] = frozenset()
     largest: dict[str, float] = field(default_factory=dict)
     elements: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -248,6 +256,8 @@ class Audit:
             attempt.largest,
             attempt.elements,
             self.runs,
+            of_integers=attempt.of_integers,
+            shuffled=attempt.shuffled,
         )
 
     # -------------------------------------------------------------------------- search
@@ -369,9 +379,8 @@ class Audit:
     def _prove(self, attempt: _Attempt, first: _Run, count: int) -> None:
         blind = attempt.sites
         for pattern in range(PATTERNS):
-            bare, star = self._bare_run({}), self._bare_run(first.probe.patterns())
-            low = first.probe.router is not None and first.probe.router.low_precision
-            comparison = _Comparison(bare.densities, star.densities, count, low)
+            star = self._bare_run(first.probe.patterns())
+            comparison = self._comparison(first, star, count)
             unseen: frozenset[str] = frozenset(attempt.sites)
             for round in range(_rounds(count, self.group_size)):
                 run = first if round == 0 else self._again(attempt, count, round)
@@ -388,7 +397,9 @@ class Audit:
                     if wrong:
                         attempt.wrong = wrong
                         return
-            attempt.wrong = self._mirrored(attempt, first, count)
+            attempt.wrong = self._mirrored(attempt, first, count) or self._of_integers(
+                attempt, count
+            )
             if attempt.wrong:
                 return
             attempt.largest, attempt.elements = comparison.largest, comparison.elements
@@ -399,12 +410,46 @@ class Audit:
             self._start(self._round + 1)
             first = self._again(attempt, count, 0)
 
+    def _of_integers(self, attempt: _Attempt, count: int) -> dict[str, str]:
+        """What differs with other integers in the arguments, where rows are folded.
+
+        The owners of rows may be such integers, and happen to be in blocks: layouts are kept for
+        calls with the same shapes.
+        """
+        if not any(c.layout in ("blocks", "interleaved") for c in attempt.choices.values()):
+            return {}
+        attempt.of_integers = True
+        try:
+            run = self._again(attempt, count, 0, shuffled=True)
+            bare = self._run(Probe(self._drawn, grad_mode=self.grad_mode, shuffled=True))
+            star = self._run(
+                Probe(
+                    self._drawn,
+                    second=run.probe.patterns(),
+                    grad_mode=self.grad_mode,
+                    shuffled=True,
+                )
+            )
+        except Exception:  # these integers cannot be others: nobody knows
+            return {}
+        comparison = _Comparison(bare.densities, star.densities, count)
+        wrong = comparison.check(run.densities)
+        attempt.shuffled = not wrong
+        return dict.fromkeys(wrong, _OWNERS)
+
+    def _comparison(self, run: _Run, star: _Run, count: int) -> _Comparison:
+        router = run.probe.router
+        low = router is not None and router.low_precision
+        return _Comparison(self._bare_run({}).densities, star.densities, count, low)
+
     def _mirrored(self, attempt: _Attempt, first: _Run, count: int) -> dict[str, str]:
         """What differs if the second draw is the first one mirrored.
 
-        A random pattern leaves some elements of a small weight as they are. A density that has these
-        of one example, and the others of another one, looks like one of the two draws then.
+        A random pattern leaves some elements of a small weight as they are. A density that has
+        these of one example, and the others of another, looks like one of the two draws then.
         """
+        if all(len(self._drawn[site].codes) > _FEW_CODES for site in attempt.sites):
+            return {}
         drawn, bare = self._drawn, self._bare
         codes = {site: mirrored_codes(draw) for site, draw in first.probe.draws.items()}
         self._drawn = drawn | {s: replace(drawn[s], codes=of_site) for s, of_site in codes.items()}
@@ -413,7 +458,7 @@ class Audit:
             for round in range(_rounds(count, self.group_size)):
                 run = self._again(attempt, count, round)
                 star = self._bare_run(run.probe.patterns())
-                comparison = _Comparison(self._bare_run({}).densities, star.densities)
+                comparison = self._comparison(run, star, count)
                 wrong = comparison.check(run.densities)
                 if wrong:
                     other = self._again(attempt, count, round, exchanged=True)
@@ -498,6 +543,7 @@ class Audit:
         round: int,
         router: RowsRouter,
         exchanged: bool = False,
+        shuffled: bool = False,
     ) -> _Run:
         groups = -(-count // self.group_size)
         kinds = kinds_of(groups, round + ROUNDS * self._round)
@@ -508,12 +554,20 @@ class Audit:
             kinds=1 - kinds if exchanged else kinds,
             router=router,
             grad_mode=self.grad_mode,
+            shuffled=shuffled,
         )
         return self._run(probe)
 
-    def _again(self, attempt: _Attempt, count: int, round: int, exchanged: bool = False) -> _Run:
+    def _again(
+        self,
+        attempt: _Attempt,
+        count: int,
+        round: int,
+        exchanged: bool = False,
+        shuffled: bool = False,
+    ) -> _Run:
         router = RowsRouter(count, self.example_dim, attempt.choices)
-        return self._flipped_run(attempt.sites, count, round, router, exchanged)
+        return self._flipped_run(attempt.sites, count, round, router, exchanged, shuffled)
 
     def _run(self, probe: Probe) -> _Run:
         probe.round, probe.enlarge = self._round, self._enlarge
@@ -542,6 +596,10 @@ class _Again(Exception):
 
 
 _MIXED = "examples mix"
+_OWNERS = (
+    "which example a row belongs to depends on integers among the arguments; name the owner of "
+    "each row, as in `with pyro_flipout.examples(owner): h = net(rows)`"
+)
 _BLIND = "its signs make no difference to what is observed"
 
 
@@ -705,7 +763,8 @@ class _Comparison:
                 # Where both draws have one density, nobody knows which gradient is right.
                 usable = usable & (_distance(a, b) > 4 * self._tolerance(a, b))
                 want, have = torch.where(_distance(c, b) < _distance(c, a), b, a), c
-            want, have = ((t.where(usable, 0) * cotangent).sum() for t in (want, have))
+            want = (want.where(usable, 0) * cotangent).sum()
+            have = (have.where(usable, 0) * cotangent).sum()
             expected = want if expected is None else expected + want
             actual = have if actual is None else actual + have
         return expected, actual
@@ -717,7 +776,8 @@ class _Comparison:
                 yield name, density.value, star.value, found[name].value
 
     def _tolerance(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.relative * _distance(a, b) + self._rounding(a, b)
+        tolerance: Tensor = self.relative * _distance(a, b) + self._rounding(a, b)
+        return tolerance
 
     def _rounding(self, a: Tensor, b: Tensor) -> float:
         a, b = a.detach(), b.detach()

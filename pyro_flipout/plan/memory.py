@@ -29,7 +29,7 @@ from pyro_flipout.plan.audit import Finding, Verdict
 from pyro_flipout.plan.rows import RowsRouter
 from pyro_flipout.tensor import Execution
 
-__all__ = ["Call", "Memory", "Plan", "memory_of"]
+__all__ = ["Call", "Memory", "Plan", "memory_of", "shuffled"]
 
 ENOUGH = 3
 """Audits that agree, after which other sizes are trusted."""
@@ -42,11 +42,13 @@ class Call:
     :ivar exact: equal for calls that one audit holds for.
     :ivar kind: equal for calls that differ in sizes and numbers only.
     :ivar sizes: size of each dimension of each tensor among the arguments.
+    :ivar integers: the tensors of integers among the arguments.
     """
 
     exact: Hashable
     kind: Hashable
     sizes: tuple[tuple[int, ...], ...]
+    integers: tuple[Tensor, ...] = field(default=(), compare=False)
 
     @staticmethod
     def of(args: Any, kwargs: Any, options: Hashable) -> Call:
@@ -54,11 +56,14 @@ class Call:
         exact: list[Hashable] = []
         kinds: list[Hashable] = []
         sizes: list[tuple[int, ...]] = []
+        integers: list[Tensor] = []
         for leaf in _leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 if not leaf.is_nested:
                     sizes.append(tuple(leaf.shape))
                     exact.append(leaf.shape)
+                if _is_integers(leaf):
+                    integers.append(leaf)
                 kinds.append((leaf.dim(), leaf.dtype, leaf.device, leaf.layout))
             else:
                 simple = isinstance(leaf, (int, str, type(None)))
@@ -67,7 +72,7 @@ class Call:
         stack = tuple(_kind(f) for f in runtime._PYRO_STACK if not _watches(f))
         modes = torch.is_grad_enabled(), torch.get_default_dtype()
         kind = (tuple(kinds), stack, options, modes)
-        return Call((tuple(exact), kind), kind, tuple(sizes))
+        return Call((tuple(exact), kind), kind, tuple(sizes), tuple(integers))
 
 
 def _watches(frame: Messenger) -> bool:
@@ -92,6 +97,27 @@ def _name(leaf: object) -> str:
     return type(leaf).__qualname__
 
 
+def _is_integers(leaf: Any) -> bool:
+    """Whether an argument may say which example a row belongs to."""
+    if not isinstance(leaf, Tensor) or leaf.layout != torch.strided or leaf.is_nested:
+        return False
+    return not (leaf.is_floating_point() or leaf.is_complex()) and leaf.numel() > 1
+
+
+def shuffled(obj: Any) -> Any:
+    """Arguments with the entries of every tensor of integers in another order."""
+    if _is_integers(obj):
+        order = torch.randperm(obj.numel(), generator=torch.Generator().manual_seed(obj.numel()))
+        return obj.reshape(-1)[order.to(obj.device)].view(obj.shape)
+    if isinstance(obj, tuple) and hasattr(obj, "_fields"):
+        return type(obj)(*map(shuffled, obj))
+    if type(obj) in (list, tuple):
+        return type(obj)(map(shuffled, obj))
+    if type(obj) is dict:
+        return {key: shuffled(item) for key, item in obj.items()}
+    return obj
+
+
 def _leaves(obj: Any) -> Iterator[Any]:
     if isinstance(obj, dict):
         for key, item in obj.items():
@@ -111,6 +137,7 @@ class Plan:
 
     :ivar verdict: of the audit.
     :ivar modes: modules that were called, by weak reference, and their training modes.
+    :ivar integers: tensors of integers that the layouts may depend on, by their numbers.
     :ivar sources: arguments that have N for a size, by their numbers, and their dimensions.
     """
 
@@ -118,14 +145,17 @@ class Plan:
     modes: list[tuple[weakref.ref[nn.Module], bool]]
     sources: list[tuple[int, int]] = field(default_factory=list)
     sizes: tuple[tuple[int, ...], ...] = ()
+    integers: list[tuple[int, Tensor]] = field(default_factory=list)
 
     @property
     def findings(self) -> dict[str, Finding]:
         """By site."""
         return self.verdict.findings
 
-    def fits(self) -> bool:
-        """Whether the modules are in the modes of the audit."""
+    def fits(self, call: Call) -> bool:
+        """Whether the modules are in the modes of the audit, and integers are what they were."""
+        if any(not torch.equal(call.integers[i], kept) for i, kept in self.integers):
+            return False
         for reference, training in self.modes:
             module = reference()
             if module is not None and module.training != training:
@@ -164,9 +194,9 @@ class Memory:
     def find(self, call: Call) -> tuple[Plan, int | None, bool] | None:
         """The plan for a call, its number of examples, and whether it was made for other sizes."""
         for plan in self._plans.get(call.exact, ()):
-            if plan.fits():
+            if plan.fits(call):
                 return plan, plan.verdict.num_examples, False
-        plans = [p for p in self._by_kind.get(call.kind, ()) if p.fits()]
+        plans = [p for p in self._by_kind.get(call.kind, ()) if not p.integers and p.fits(call)]
         if len(plans) < ENOUGH or not all(p.agrees(plans[0]) for p in plans[1:]):
             return None
         sources = set.intersection(*(set(p.sources) for p in plans))
@@ -187,6 +217,12 @@ class Memory:
     def add(self, call: Call, plan: Plan) -> None:
         """Keeps a plan."""
         count, plan.sizes = plan.verdict.num_examples, call.sizes
+        if plan.verdict.of_integers:  # those that are the same in any order were not tried
+            plan.integers = [
+                (i, tensor.clone())
+                for i, tensor in enumerate(call.integers)
+                if torch.equal(tensor, shuffled(tensor)) or not plan.verdict.shuffled
+            ]
         plan.sources = [
             (i, dim)
             for i, shape in enumerate(call.sizes)

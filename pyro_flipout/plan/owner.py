@@ -23,7 +23,7 @@ from pyro_flipout._notices import Notices, cause
 from pyro_flipout.errors import FlipoutError
 from pyro_flipout.plan.audit import Audit, Finding, Verdict
 from pyro_flipout.plan.isolation import isolated
-from pyro_flipout.plan.memory import Call, Memory, Plan, memory_of
+from pyro_flipout.plan.memory import Call, Memory, Plan, memory_of, shuffled
 from pyro_flipout.plan.probe import Probe
 from pyro_flipout.tensor import Execution
 
@@ -121,11 +121,11 @@ NOT_OWNED = Planned("the handler is around inference and not around the model")
 
 
 def plan_of(
-    handler: FlipoutMessenger, model: Any, run: Callable[[], Any], args: Any, kwargs: Any
+    handler: FlipoutMessenger, model: Any, fn: Callable[..., Any], args: Any, kwargs: Any
 ) -> Planned:
     """What is known for a call of a model: from an earlier audit, or by one that is made now.
 
-    :param run: calls the model.
+    :param fn: calls the model.
     """
     if any(getattr(frame, "_probe", None) is not None for frame in runtime._PYRO_STACK):
         raise _Nested
@@ -138,7 +138,7 @@ def plan_of(
         why_not = _why_not()
         if why_not:
             return Planned(why_not)
-        plan = _audited(handler, run)
+        plan = _audited(handler, fn, args, kwargs)
         if plan is None:
             return Planned("the model raised an error in the audit")
         memory.add(call, plan)
@@ -177,9 +177,11 @@ def _options(handler: FlipoutMessenger) -> Any:
     )
 
 
-def _audited(handler: FlipoutMessenger, run: Callable[[], Any]) -> Plan | None:
+def _audited(
+    handler: FlipoutMessenger, fn: Callable[..., Any], args: Any, kwargs: Any
+) -> Plan | None:
     try:
-        verdict, modes = run_audit(handler, run)
+        verdict, modes = run_audit(handler, fn, args, kwargs)
     except _Nested:
         found = Finding(True, False, "a part of the model has a handler of its own")
         return Plan(Verdict(None, {}, others=found), [])
@@ -193,7 +195,7 @@ def _audited(handler: FlipoutMessenger, run: Callable[[], Any]) -> Plan | None:
 
 
 def run_audit(
-    handler: FlipoutMessenger, run: Callable[[], Any]
+    handler: FlipoutMessenger, fn: Callable[..., Any], args: Any, kwargs: Any
 ) -> tuple[Verdict, dict[torch.nn.Module, bool]]:
     """Audits a model as ``handler`` would run it.
 
@@ -208,7 +210,10 @@ def run_audit(
         probing._probe = probe
         tracer = TraceMessenger()
         with tracer, probing:
-            run()
+            if probe.shuffled:
+                fn(*shuffled(args), **shuffled(kwargs))
+            else:
+                fn(*args, **kwargs)
         trace: Trace = tracer.trace
         return trace
 

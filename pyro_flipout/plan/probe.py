@@ -11,6 +11,7 @@ kind.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class Probe:
     :ivar kinds: 0 or 1 for each example, shape ``(N,)``; ``None`` for examples not yet counted.
     :ivar round: number of the pattern.
     :ivar grad_mode: whether gradients are on where the audit was asked for.
+    :ivar shuffled: whether the integers among the arguments are shuffled.
     :ivar enlarge: whether to enlarge small perturbations.
     :ivar shared: sites that a rule left shared, and why.
     :ivar sites: those that the program met and that can be flipped.
@@ -75,6 +77,7 @@ class Probe:
     round: int = 0
     grad_mode: bool = True
     enlarge: bool = True
+    shuffled: bool = False
     shared: dict[str, str] = field(default_factory=dict)
     sites: list[str] = field(default_factory=list)
     replayed: set[str] = field(default_factory=set)
@@ -145,7 +148,7 @@ def _usual_norm(shape: torch.Size, lead_dims: int) -> float:
     """Norm of a weight that keeps the size of what it is applied to."""
     lead, event = shape[:lead_dims].numel(), shape[lead_dims:]
     outputs = event[0] if len(event) > 1 else 1
-    return float(lead * outputs) ** 0.5
+    return math.sqrt(lead * outputs)
 
 
 def pattern_of(draw: Draw, like: Tensor) -> Tensor:

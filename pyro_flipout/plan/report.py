@@ -99,7 +99,7 @@ def check_model(
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     first_dim = -1 - _plate_nesting(bare, guide_trace, args, kwargs)
     with poutine.enum(first_available_dim=first_dim), poutine.replay(trace=guide_trace):
-        verdict, _ = run_audit(handler, lambda: bare(*args, **kwargs))
+        verdict, _ = run_audit(handler, bare, args, kwargs)
     report = _report(verdict)
     if strict and not report.ok:
         raise AssertionError(f"check_model: {report}")

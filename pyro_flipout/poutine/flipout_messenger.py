@@ -241,7 +241,7 @@ class FlipoutMessenger(Messenger):
         :param model: what the knowledge is kept with.
         :param fn: calls it.
         """
-        planned = plan_of(self, model, lambda: fn(*args, **kwargs), args, kwargs)
+        planned = plan_of(self, model, fn, args, kwargs)
         with self:
             self._planned = planned
             return fn(*args, **kwargs)
