@@ -198,6 +198,14 @@ def fold_plate_of_frames(x):
     return torch.tanh(F.linear(h, w)).sum(-1)
 
 
+@on_series()
+def blocks_and_interleaved(x):
+    """Two nets, for which the rows are folded in two ways."""
+    a = torch.tanh(F.linear(x.flatten(0, 1), weight("w", 4, D)))
+    b = torch.tanh(F.linear(x.transpose(0, 1).flatten(0, 1), weight("v", 4, D)))
+    return a.view(len(x), -1).sum(-1) + b.view(x.size(1), len(x), 4).sum((0, 2))
+
+
 # ----------------------------------------------------- time-distributed CNN, then LSTM
 
 
@@ -544,7 +552,7 @@ def table_by_weight(x):
     return torch.tanh(logits).sum(-1)
 
 
-@on_rows(shared="w")
+@on_rows(shared="w", was_right=True)
 def position_dependent(x):
     """A parameter as input, beside the data."""
     inducing = torch.nn.Parameter(_constant(D, D))
