@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from pyro_flipout.errors import FlipoutError
-from pyro_flipout.poutine.flipout_messenger import PARTICLE_PLATES
+from pyro_flipout.plan.owner import PARTICLE_PLATES
 
 __all__ = [
     "Coherent",

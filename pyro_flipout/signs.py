@@ -142,8 +142,8 @@ class Signs:
     :param num_examples: the number N of examples.
     :param dtype: dtype of the signs.
     :param group_size: the number k of neighbouring examples that have their signs in common.
-    :param numbers: the number of the group that each of the N rows belongs to, shape ``(N,)``, where
-        it is not ``n // k``.
+    :param numbers: the number of the group that each of the N rows belongs to, where it is not
+        ``n // k``.
     """
 
     def __init__(

@@ -60,6 +60,8 @@ __all__ = [
     "FlipoutTensor",
     "NoRule",
     "NotExamples",
+    "Router",
+    "Rows",
     "Rule",
     "SignFactor",
     "Term",
@@ -1199,9 +1201,6 @@ def _missing_rule(
     name: str, flipped: Sequence[FlipoutTensor], reason: str, remedy: str | None = None
 ) -> None:
     if _are_single(flipped):
-        for weight in flipped:  # one example sees the shared draw: nothing to warn of
-            for draw in weight.draws:
-                draw.shared = True
         return
     site = " and ".join(dict.fromkeys(w.site for w in flipped))
     if remedy is None:

@@ -13,7 +13,9 @@ import pyro_flipout
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", ["start.md", "layers.md", "guides.md", "arviz.md"])
+@pytest.mark.parametrize(
+    "page", ["start.md", "which_models.md", "layers.md", "guides.md", "arviz.md"]
+)
 def test_examples_run(page):
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
     assert blocks

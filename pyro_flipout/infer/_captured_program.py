@@ -300,6 +300,8 @@ class _Unchanged(TorchFunctionMode):
 class _Unvalidated(Messenger):
     """Distributions made before do not validate meanwhile: that reads numbers."""
 
+    only_watches = True  # a call that is recorded has the structure of one that is not
+
     def __enter__(self) -> Any:
         self._changed: list[dict[str, Any]] = []
         return super().__enter__()

@@ -19,12 +19,12 @@ Sites for which it fails are left out one after the other, after other layouts o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
-from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -38,6 +38,8 @@ __all__ = ["Audit", "Finding", "Verdict"]
 
 ROUNDS = 3
 """With other kinds of the examples each: two that are alike in one are not in another."""
+PATTERNS = 4
+"""Of signs, to be tried until one makes a difference: where one unit is alive, half of them do."""
 MOST_RUNS = 150
 """Runs of the model in search of layouts and of the sites that are at fault."""
 
@@ -53,12 +55,14 @@ class Finding:
     :ivar verified: whether that, or that it may not, was proved.
     :ivar reason: why it is not flipped, or not verified.
     :ivar mixed: whether it was proved to mix examples, or that its signs are wrong.
+    :ivar tell: whether to warn that it is not verified.
     """
 
     flipped: bool
     verified: bool
     reason: str = ""
     mixed: bool = False
+    tell: bool = False
 
 
 @dataclass
@@ -111,6 +115,7 @@ class _Attempt:
     excluded: dict[str, str]
     wrong: dict[str, str]
     options: dict[Key, list[Choice]]
+    error: Exception | None = None
     blind: frozenset[str] = frozenset()
     largest: dict[str, float] = field(default_factory=dict)
     elements: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -134,6 +139,7 @@ class Audit:
     :param group_size: how many neighbouring examples have their signs in common.
     :param particles: names of plates that are no data.
     :param grad_mode: whether gradients are on where the audit is asked for.
+    :param strict: whether what cannot be flipped is an error, as for ``on_missing_rule="error"``.
     """
 
     def __init__(
@@ -144,10 +150,12 @@ class Audit:
         group_size: int = 1,
         particles: frozenset[str] = frozenset(),
         grad_mode: bool = True,
+        strict: bool = False,
     ) -> None:
         self._run_model, self._isolated = run_model, isolated
         self.example_dim, self.group_size = example_dim, group_size
         self.particles, self.grad_mode = particles, grad_mode
+        self._strict = strict
         self.runs = 0
         self._enlarge = True
         self._start()
@@ -170,7 +178,9 @@ class Audit:
             return self._verdict()
 
     def _verdict(self) -> Verdict:
+        self._isolated.watch = True  # of what the first run writes to
         trace, probe = self._traced(Probe({}, grad_mode=self.grad_mode))
+        self._isolated.watch = False
         sites = list(dict.fromkeys(probe.sites))
         if not sites:
             return Verdict(None, {}, runs=self.runs)
@@ -184,11 +194,16 @@ class Audit:
         candidates = [size for size in sizes if size > 1]
         try:
             return self._search_sizes(sites, candidates)
+        except _Repeats as why:
+            return self._unverified(sites, None, str(why), tell=True)
         except _Failed as why:
             return self._unverified(sites, candidates[0] if candidates else None, str(why))
 
-    def _unverified(self, sites: Iterable[str], count: int | None, reason: str) -> Verdict:
-        return Verdict(count, {s: Finding(True, False, reason) for s in sites}, runs=self.runs)
+    def _unverified(
+        self, sites: Iterable[str], count: int | None, reason: str, tell: bool = False
+    ) -> Verdict:
+        found = Finding(True, False, reason, tell=tell)
+        return Verdict(count, dict.fromkeys(sites, found), runs=self.runs)
 
     def _search_sizes(self, sites: Sequence[str], candidates: list[int]) -> Verdict:
         best: tuple[int, _Attempt] | None = None
@@ -211,10 +226,8 @@ class Audit:
     def _counted(self, sites: Iterable[str]) -> int | None:
         """The number of examples that the first rule with data counts."""
         probe = Probe(self._drawn, flipped=frozenset(sites), grad_mode=self.grad_mode)
-        try:
+        with contextlib.suppress(Exception):
             self._traced(probe)
-        except Exception:
-            pass
         counts = [e.num_examples for e in probe.executions if e.num_examples]
         return counts[0] if counts else None
 
@@ -244,6 +257,8 @@ class Audit:
         first = self._attempt(sites, count, {})
         if first.holds and not _could_gain(first):
             return first
+        if first.wrong:
+            self._check_repeats()
         best, options = first, dict(first.options)
         base: dict[Key, Choice] = {}
         while True:  # from the best layouts on, as long as others flip more sites
@@ -258,6 +273,8 @@ class Audit:
             if len(best.seen) == before or self.runs > MOST_RUNS:
                 break
             base = best.choices
+        if first.error is not None and (self._strict or isinstance(first.error, FlipoutError)):
+            raise first.error
         if best.holds and len(best.seen) + len(first.excluded) >= len(sites):
             return best
         alone = self._one_by_one(sites, count, options, first)
@@ -338,7 +355,8 @@ class Audit:
                 run = self._flipped_run(flipped, count, 0, router)
             except Exception as why:
                 wrong = {"": f"{type(why).__name__}: {why}"}
-                return _Attempt(flipped, choices, excluded, wrong, {**options, **router.options})
+                every = {**options, **router.options}
+                return _Attempt(flipped, choices, excluded, wrong, every, why)
             options.update(router.options)  # also those of calls that a rule left shared
             newly = {s: why for s, why in run.probe.shared.items() if s in flipped}
             if not newly:
@@ -349,9 +367,11 @@ class Audit:
         return attempt
 
     def _prove(self, attempt: _Attempt, first: _Run, count: int) -> None:
-        for _ in range(2):
+        blind = attempt.sites
+        for pattern in range(PATTERNS):
             bare, star = self._bare_run({}), self._bare_run(first.probe.patterns())
-            comparison = _Comparison(bare.densities, star.densities)
+            low = first.probe.router is not None and first.probe.router.low_precision
+            comparison = _Comparison(bare.densities, star.densities, count, low)
             unseen: frozenset[str] = frozenset(attempt.sites)
             for round in range(_rounds(count, self.group_size)):
                 run = first if round == 0 else self._again(attempt, count, round)
@@ -368,22 +388,24 @@ class Audit:
                     if wrong:
                         attempt.wrong = wrong
                         return
-            attempt.wrong = self._mirrored(attempt, first, count)
+            attempt.wrong = self._mirrored(attempt, first, count, low)
             if attempt.wrong:
                 return
             attempt.largest, attempt.elements = comparison.largest, comparison.elements
-            attempt.blind = unseen
-            if not unseen or self._round:
+            blind = attempt.blind = blind & unseen
+            if not blind or pattern == PATTERNS - 1:
                 return
             # Another pattern: with this one the two draws gave equal densities.
             self._start(self._round + 1)
             first = self._again(attempt, count, 0)
 
-    def _mirrored(self, attempt: _Attempt, first: _Run, count: int) -> dict[str, str]:
+    def _mirrored(
+        self, attempt: _Attempt, first: _Run, count: int, low_precision: bool
+    ) -> dict[str, str]:
         """What differs if the second draw is the first one mirrored.
 
-        A random pattern leaves some elements of a small weight as they are. A density that has these
-        of one example, and the others of another one, looks like one of the two draws then.
+        A random pattern leaves some elements of a small weight as they are. A density that has
+        these of one example, and the others of another one, looks like one of the two draws then.
         """
         drawn, bare = self._drawn, self._bare
         codes = {site: mirrored_codes(draw) for site, draw in first.probe.draws.items()}
@@ -393,7 +415,8 @@ class Audit:
             for round in range(_rounds(count, self.group_size)):
                 run = self._again(attempt, count, round)
                 star = self._bare_run(run.probe.patterns())
-                comparison = _Comparison(self._bare_run({}).densities, star.densities)
+                first_draw = self._bare_run({}).densities
+                comparison = _Comparison(first_draw, star.densities, count, low_precision)
                 wrong = comparison.check(run.densities)
                 if wrong:
                     other = self._again(attempt, count, round, exchanged=True)
@@ -460,6 +483,17 @@ class Audit:
                 ) from why
         return self._bare[key]
 
+    def _check_repeats(self) -> None:
+        """Tells what mixes examples from what cannot be run twice."""
+        before = self._bare_run({})
+        again = self._run(Probe(self._drawn, grad_mode=self.grad_mode))
+        if _Comparison(before.densities, before.densities, 1).check(again.densities):
+            raise _Repeats(
+                "the model gives other numbers when it is run again from the same state, since it "
+                "changes something that is not torch's; say flipout(audit=False) if its examples "
+                "are apart"
+            )
+
     def _flipped_run(
         self,
         flipped: frozenset[str],
@@ -500,6 +534,10 @@ class Audit:
     def _call(self, probe: Probe) -> Trace:
         self.runs += 1
         return self._run_model(probe)
+
+
+class _Repeats(_Failed):
+    """The model gives other numbers when it is run again from the same state."""
 
 
 class _Again(Exception):
@@ -556,22 +594,30 @@ def _grad(total: Tensor | None, leaves: Sequence[Tensor]) -> list[Tensor]:
 class _Comparison:
     """Compares the densities of flipped runs with those of the bare runs."""
 
-    def __init__(self, bare: Densities, star: Densities) -> None:
-        self.bare, self.star = bare, star
+    def __init__(
+        self, bare: Densities, star: Densities, num_examples: int, low_precision: bool = False
+    ) -> None:
+        self.bare, self.star, self.num_examples = bare, star, num_examples
         self.largest: dict[str, float] = {}
         self.elements: dict[str, tuple[int, int]] = {}
         dtypes = [d.value.dtype for d in bare.values() if d.value.is_floating_point()]
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes or [torch.float32])
+        self._roundings = 300
         #: Relative tolerance of what is not rounding alone.
         self.relative = max(2e-3 * (self._eps / 1.2e-7) ** 0.5, 1e-7)
+        if low_precision:
+            self._eps, self._roundings, self.relative = 2.0**-8, 4, 0.1
 
     def noise(self, size: float) -> float:
         """What rounding alone may change in sums of numbers of a size."""
-        return 300 * self._eps * size
+        return self._roundings * self._eps * size
 
     def check(self, found: Densities) -> dict[str, str]:
         """What differs, by observed site."""
         wrong = {name: f"'{name}' is not met" for name in self.bare if name not in found}
+        for name, density in self.bare.items():
+            if name not in self.star or self.star[name].value.shape != density.value.shape:
+                wrong[name] = f"'{name}' has another shape with another draw of the weights"
         of_plates: dict[str, Tensor] = {}
         for name, a, b, c in self._each(found):
             if c.shape != a.shape:
@@ -610,12 +656,13 @@ class _Comparison:
             rest = [d for d in range(second.dim()) if d != dim]
             kinds = torch.stack([t.amax(rest) if rest else t for t in (first, any_second)])
             before = of_plates.setdefault(plate, kinds)
-            if before.shape == kinds.shape and not kinds.all(0).any():
-                if ((before[0] & kinds[1]) | (before[1] & kinds[0])).any():
-                    return (
-                        f"{_MIXED}: '{name}' and another site of the plate '{plate}' see different "
-                        "weights in one state of an enumerated variable"
-                    )
+            if before.shape != kinds.shape or kinds.all(0).any():
+                continue
+            if ((before[0] & kinds[1]) | (before[1] & kinds[0])).any():
+                return (
+                    f"{_MIXED}: '{name}' and another site of the plate '{plate}' see different "
+                    "weights in one state of an enumerated variable"
+                )
         return ""
 
     def check_sum(
@@ -625,16 +672,24 @@ class _Comparison:
         still = {}
         for name, why in wrong.items():
             parts = [d[name].value for d in (self.bare, self.star, found, other) if name in d]
-            if len({p.shape for p in parts}) != 1 or len(parts) < 4 or self.bare[name].states:
+            if len({p.shape for p in parts}) != 1 or len(parts) < 4 or self._has_elements(name):
                 still[name] = why
                 continue
             a, b, c, d = parts
-            bad = ~(((c + d) - (a + b)).abs() <= self._tolerance(a, b))
+            # Exact but for rounding. A tolerance relative to the difference of the draws would hide
+            # what is a sum to first order only, as the square of a mean over the examples.
+            bad = ~(((c + d) - (a + b)).abs() <= self._rounding(a, b))
             if bad.any():
                 still[name] = _describe(name, bad)
             else:
                 self.largest[name] = 0.0
         return still
+
+    def _has_elements(self, name: str) -> bool:
+        """Whether the examples have elements of their own in a density, or it has states."""
+        density = self.bare[name]
+        sizes = [density.value.size(dim) for dim in density.plates.values()]
+        return bool(density.states) or self.num_examples in sizes
 
     def totals(
         self, found: Densities, other: Densities | None
@@ -650,6 +705,8 @@ class _Comparison:
             if other is not None and name in other:
                 want, have = a + b, c + other[name].value
             else:
+                # Where both draws have one density, nobody knows which gradient is right.
+                usable = usable & (_distance(a, b) > 4 * self._tolerance(a, b))
                 want, have = torch.where(_distance(c, b) < _distance(c, a), b, a), c
             want, have = ((t.where(usable, 0) * cotangent).sum() for t in (want, have))
             expected = want if expected is None else expected + want
@@ -663,15 +720,19 @@ class _Comparison:
                 yield name, density.value, star.value, found[name].value
 
     def _tolerance(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.relative * _distance(a, b) + self._rounding(a, b)
+
+    def _rounding(self, a: Tensor, b: Tensor) -> float:
         a, b = a.detach(), b.detach()
         finite = torch.cat([t[t.isfinite()].abs().flatten() for t in (a, b)])
-        size = float(finite.max()) if finite.numel() else 0.0
-        return self.relative * _distance(a, b) + self.noise(size)
+        return self.noise(float(finite.max()) if finite.numel() else 0.0)
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.detach(), b.detach()
-    return torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+    same = (a == b) | (a.isnan() & b.isnan())
+    distance: Tensor = (a - b).abs()
+    return distance.masked_fill(same, 0.0)
 
 
 def _describe(name: str, bad: Tensor) -> str:

@@ -43,9 +43,11 @@ def log_densities(trace: Trace, without: Collection[str]) -> dict[str, Density]:
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or name in without or site_is_subsample(node):
             continue
-        if node["infer"].get("_deterministic") or node["mask"] is False:
+        infer: dict[str, Any] = dict(node["infer"] or {})
+        if infer.get("_deterministic") or node["mask"] is False:
             continue
-        density = elementwise_log_prob(node["fn"], node["value"])
+        value: Any = node["value"]
+        density = elementwise_log_prob(node["fn"], value)
         mask = node["mask"]
         if isinstance(mask, Tensor):
             density = torch.where(_as_wide_as(mask, density, node["fn"]), density, 0.0)
@@ -110,12 +112,15 @@ def plate_sizes(trace: Trace, particles: Collection[str]) -> list[int]:
     """
     counts: dict[int, int] = {}
     events: dict[int, int] = {}
-    for node in trace.nodes.values():
+    nodes: list[Any] = list(trace.nodes.values())
+    for node in nodes:
         if node["type"] != "sample" or site_is_subsample(node):
             continue
         frames = [f for f in node["cond_indep_stack"] if f.vectorized and f.name not in particles]
         for frame in frames:
             counts[int(frame.size)] = counts.get(int(frame.size), 0) + 1
+            # A plate that subsamples may pick from what was computed for all of the data.
+            counts.setdefault(int(frame.full_size or frame.size), 0)
         if not frames and node["is_observed"] and isinstance(node["fn"], Independent):
             size = int(node["fn"].event_shape[0]) if node["fn"].event_shape else 1
             events[size] = events.get(size, 0) + 1

@@ -3,9 +3,10 @@
 
 """What was learnt of a model, kept with the model and not with a handler.
 
-An audit holds for one *structure*: shapes and types of the arguments, modes of the modules that are
-called, kinds of the handlers around the call, options of the handler. After three audits that agree,
-other sizes of the same kind are trusted, as long as every call is of a kind that was seen.
+An audit holds for one *structure*: shapes and types of the arguments, modes of the modules that
+are called, kinds of the handlers around the call, options of the handler. After three audits that
+agree, other sizes of the same kind are trusted: each call then has the layout of rows that calls of
+the same function had.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
+from pyro_flipout._notices import Notices
 from pyro_flipout.plan.audit import Finding, Verdict
 from pyro_flipout.plan.rows import RowsRouter
-from pyro_flipout.poutine._notices import Notices
 from pyro_flipout.tensor import Execution
 
 __all__ = ["Call", "Memory", "Plan", "memory_of"]
@@ -60,12 +61,18 @@ class Call:
                     exact.append(leaf.shape)
                 kinds.append((leaf.dim(), leaf.dtype, leaf.device, leaf.layout))
             else:
-                exact.append(leaf if isinstance(leaf, (int, str, type(None))) else type(leaf))
-                kinds.append(type(leaf))
-        stack = tuple(_kind(f) for f in runtime._PYRO_STACK if not isinstance(f, TraceMessenger))
+                simple = isinstance(leaf, (int, str, type(None)))
+                exact.append(leaf if simple else _name(leaf))
+                kinds.append(_name(leaf))
+        stack = tuple(_kind(f) for f in runtime._PYRO_STACK if not _watches(f))
         modes = torch.is_grad_enabled(), torch.get_default_dtype()
         kind = (tuple(kinds), stack, options, modes)
         return Call((tuple(exact), kind), kind, tuple(sizes))
+
+
+def _watches(frame: Messenger) -> bool:
+    """Whether a handler changes nothing that an audit depends on."""
+    return isinstance(frame, TraceMessenger) or getattr(frame, "only_watches", False)
 
 
 def _kind(frame: Messenger) -> Hashable:
@@ -79,6 +86,10 @@ def _kind(frame: Messenger) -> Hashable:
         return type(frame), frame.name, frame.size
     data = getattr(frame, "data", None)  # of what is conditioned on, or set
     return type(frame), tuple(data) if isinstance(data, dict) else None
+
+
+def _name(leaf: object) -> str:
+    return type(leaf).__qualname__
 
 
 def _leaves(obj: Any) -> Iterator[Any]:
@@ -160,7 +171,8 @@ class Memory:
             return None
         sources = set.intersection(*(set(p.sources) for p in plans))
         found = {call.sizes[i][dim] for i, dim in sources}
-        found = found or {p.verdict.num_examples for p in plans if p.sizes == call.sizes}
+        counts = (p.verdict.num_examples for p in plans if p.sizes == call.sizes)
+        found = found or {count for count in counts if count is not None}
         if len(found) != 1:
             return None
         choices = {k: c for p in plans for k, c in p.verdict.choices.items()}

@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_flipout._modes import graphed, recorded, transformed
+from pyro_flipout._notices import Notices, cause
 from pyro_flipout.errors import FlipoutError
 from pyro_flipout.plan.audit import Audit, Finding, Verdict
 from pyro_flipout.plan.isolation import isolated
 from pyro_flipout.plan.memory import Call, Memory, Plan, memory_of
 from pyro_flipout.plan.probe import Probe
-from pyro_flipout.poutine._notices import Notices
-from pyro_flipout.poutine.symmetric_draw import NoDraw
 from pyro_flipout.tensor import Execution
 
 if TYPE_CHECKING:
@@ -35,13 +34,13 @@ __all__ = [
     "NOT_OWNED",
     "PARTICLE_PLATES",
     "Planned",
-    "keep_shared",
     "plan_of",
     "remember",
     "run_audit",
 ]
 
 PARTICLE_PLATES = frozenset({"num_particles_vectorized", "_num_predictive_samples"})
+"""Plates of Pyro's that are no data."""
 
 
 @dataclass
@@ -63,16 +62,15 @@ class Planned:
         """Whether an audit says who the examples are."""
         return self.plan is not None and self.plan.verdict.others is None
 
-    def judge(self, site: str, center: Tensor) -> NoDraw | None:
+    def judge(self, site: str, center: Tensor) -> str | None:
         """Why a site that could be flipped is not, ``None`` if it is."""
         if self.plan is None:
-            reason = _remembered(center, site)
-            return None if reason is None else NoDraw(reason)
+            return _remembered(center, site)
         finding = self.plan.verdict.of(site)
         if finding is None:
             self.forget()
-            return NoDraw("the audit did not meet it; the next call is audited anew")
-        return None if finding.flipped else NoDraw(finding.reason)
+            return "the audit did not meet it; the next call is audited anew"
+        return None if finding.flipped else finding.reason
 
     def decision(self, site: str) -> str:
         """What is decided of a site that is flipped."""
@@ -171,8 +169,8 @@ def _options(handler: FlipoutMessenger) -> Any:
         type(handler),
         handler._example_dim,
         handler.group_size,
-        handler.hide,
-        handler.expose,
+        None if handler.hide is None else frozenset(handler.hide),
+        None if handler.expose is None else frozenset(handler.expose),
         handler.hide_fn,
         handler.expose_fn,
         handler.on_missing_rule,
@@ -182,13 +180,15 @@ def _options(handler: FlipoutMessenger) -> Any:
 def _audited(handler: FlipoutMessenger, run: Callable[[], Any]) -> Plan | None:
     try:
         verdict, modes = run_audit(handler, run)
-    except FlipoutError:
-        raise
     except _Nested:
         found = Finding(True, False, "a part of the model has a handler of its own")
         return Plan(Verdict(None, {}, others=found), [])
-    except Exception:  # the run that counts raises it again, where it belongs
-        return None
+    except FlipoutError:
+        raise
+    except Exception:
+        if handler.on_missing_rule == "error":
+            raise
+        return None  # the run that counts raises it again, where it belongs
     return Plan(verdict, [(weakref.ref(module), mode) for module, mode in modes.items()])
 
 
@@ -215,7 +215,13 @@ def run_audit(
     grad_mode = torch.is_grad_enabled()
     with isolated() as state:
         audit = Audit(
-            run_model, state, handler.example_dim, handler.group_size, PARTICLE_PLATES, grad_mode
+            run_model,
+            state,
+            handler.example_dim,
+            handler.group_size,
+            PARTICLE_PLATES,
+            grad_mode,
+            handler.on_missing_rule == "error",
         )
         return audit.verdict(), state.modes
 
@@ -231,5 +237,9 @@ def _tell(verdict: Verdict, memory: Memory) -> None:
     for site, finding in verdict.findings.items():
         if not finding.flipped:
             reason = f"{finding.reason}; {_REMEDY}" if finding.mixed else finding.reason
-            memory.notices.leave(f"{site}: {reason}", site, reason, wait=True)
+            memory.notices.leave(f"{site}: {cause(reason)}", site, reason, wait=True)
+        elif finding.tell:
+            memory.notices.tell(
+                finding.reason, f"the audit could not verify the model: {finding.reason}"
+            )
     memory.notices.say()

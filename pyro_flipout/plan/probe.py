@@ -26,7 +26,12 @@ from pyro_flipout.tensor import Draw, Execution, FlipoutTensor, Term, batched
 __all__ = ["Drawn", "Probe"]
 
 _SMALLEST = 0.1
-"""Perturbations are enlarged to this part of the centre, so that rounding does not hide them."""
+"""Perturbations are enlarged to this part of the centre, so that rounding does not hide them.
+
+Where the centre is nearly zero, as that of a bias in the beginning, they are enlarged until the
+weight is as large as those of a network are: a model is nearly linear in a small perturbation, and
+examples that mix linearly cannot be told from a sum over them.
+"""
 
 
 @dataclass
@@ -80,7 +85,7 @@ class Probe:
         self, example_dim: int | None, on_missing_rule: str, group_size: int
     ) -> Execution:
         """An execution of this run, whose examples are known."""
-        made = Execution(example_dim, "warn", self._share, group_size)
+        made = Execution(example_dim, on_missing_rule, self._share, group_size)
         if self.kinds is not None:
             made.num_examples = len(self.kinds)
             made._numbers = Numbers(self.kinds, 2)
@@ -124,14 +129,23 @@ class Probe:
             delta = (value - center if delta is None else delta).detach().clone()
             if self.enlarge:
                 size, of_center = (float(t.norm()) for t in (delta, center))
-                if 0 < size < _SMALLEST * of_center:
-                    delta *= _SMALLEST * of_center / size
+                usual = _usual_norm(value.shape, lead_dims)
+                smallest = max(_SMALLEST * of_center, usual - of_center)
+                if 0 < size < smallest:
+                    delta *= smallest / size
             codes = codes_of(site, value, lead_dims, self.round)
         return Drawn(center.requires_grad_(), delta.requires_grad_(), codes)
 
     def patterns(self) -> dict[str, Tensor]:
         """The signs E* of the flipped sites, without those that a rule did without."""
         return {site: pattern_of(draw, self.drawn[site].delta) for site, draw in self.draws.items()}
+
+
+def _usual_norm(shape: torch.Size, lead_dims: int) -> float:
+    """Norm of a weight that keeps the size of what it is applied to."""
+    lead, event = shape[:lead_dims].numel(), shape[lead_dims:]
+    outputs = event[0] if len(event) > 1 else 1
+    return float(lead * outputs) ** 0.5
 
 
 def pattern_of(draw: Draw, like: Tensor) -> Tensor:

@@ -114,8 +114,9 @@ def _report(verdict: Verdict) -> ModelReport:
 
 def _unwrapped(model: Any) -> tuple[FlipoutMessenger, Callable[..., Any]]:
     if isinstance(model, functools.partial) and len(model.args) == 2:
-        if isinstance(model.args[0], FlipoutMessenger):
-            return model.args
+        handler, fn = model.args
+        if isinstance(handler, FlipoutMessenger):
+            return handler, fn
     handlers, bare = unwrap_module(model)
     if len(handlers) == 1 and isinstance(handlers[0], FlipoutMessenger):
         return handlers[0], bare

@@ -51,6 +51,7 @@ class RowsRouter:
         choices are those of calls of the same function with as many dimensions.
 
     :ivar options: for every key that came up, the choices there are, the likeliest first.
+    :ivar low_precision: whether a call was in half precision, or under autocast.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class RowsRouter:
         self.num_examples, self.example_dim = num_examples, example_dim
         self.choices, self.other_sizes = choices, other_sizes
         self.options: dict[Key, list[Choice]] = {}
+        self.low_precision = False
 
     def route(
         self, func: Callable[..., Any], args: Any, kwargs: Any, weights: Sequence[FlipoutTensor]
@@ -73,6 +75,8 @@ class RowsRouter:
         data = data_of(args, kwargs)
         if data is None:
             return None
+        if data.dtype.itemsize < 4 or torch.is_autocast_enabled(data.device.type):
+            self.low_precision |= data.is_floating_point()
         key = self.key(func, data, weights)
         if key not in self.options:
             self.options[key] = self._options(key)
@@ -108,9 +112,8 @@ class RowsRouter:
             found.append(Choice("constant", 0))
         if usual not in found:
             # Where the sizes say nothing, what the rule says of the data is the better reason.
-            found = (
-                [usual, *found] if found[:1] in ([], [Choice("constant", 0)]) else [*found, usual]
-            )
+            says_nothing = not found or found[0].layout == "constant"
+            found = [usual, *found] if says_nothing else [*found, usual]
         if not self.other_sizes:
             return found
         alike = {

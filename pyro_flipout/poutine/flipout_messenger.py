@@ -31,6 +31,7 @@ from pyro.util import ignore_jit_warnings
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
+from pyro_flipout._notices import Notices, by_reason
 from pyro_flipout.errors import FlipoutError
 from pyro_flipout.plan.owner import (
     NOT_OWNED,
@@ -40,7 +41,6 @@ from pyro_flipout.plan.owner import (
     remember,
 )
 from pyro_flipout.plan.probe import Probe
-from pyro_flipout.poutine._notices import Notices, by_reason
 from pyro_flipout.poutine.symmetric_draw import (
     ATOMS,
     NO_HANDLERS,
@@ -117,6 +117,7 @@ class FlipoutMessenger(Messenger):
 
     never_sets_values = True
     can_audit = True
+    _probe: Probe | None = None
     _unowned: Planned = NOT_OWNED
 
     def __init__(
@@ -151,7 +152,6 @@ class FlipoutMessenger(Messenger):
         #: What was decided of each latent site: ``"flipped (verified)"``,
         #: ``"flipped (not verified: <reason>)"`` or ``"shared: <reason>"``.
         self.decisions: dict[str, str] = {}
-        self._probe: Probe | None = None
         self._shared: dict[str, str] = {}
         self._notices = Notices()
         self._inherent: set[str] = set()  # sites that no execution will flip
@@ -273,8 +273,8 @@ class FlipoutMessenger(Messenger):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_execution", "_flipped", "_noticed", "_planned", "_sites", "_stack", "_trace"):
-            state.pop(name)
+        for name in _OF_ONE_EXECUTION:
+            state.pop(name, None)
         return state | {"_guide": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -374,7 +374,8 @@ class FlipoutMessenger(Messenger):
                 "remove the mark or change the distribution"
             )
         if isinstance(found, SymmetricDraw) and self._probe is None:
-            return self._planned.judge(name, found.center) or found
+            reason = self._planned.judge(name, found.center)
+            return found if reason is None else NoDraw(reason)
         return found
 
     def _decide_in_probe(self, msg: Message) -> SymmetricDraw | NoDraw:
@@ -494,6 +495,8 @@ class FlipoutMessenger(Messenger):
     def _check_use(self) -> None:
         """A program of which nothing is flipped, and why, as far as one can see."""
         if not self._seen:
+            if self._planned is self._unowned:  # around inference: captured programs run no model
+                return
             self._tell(
                 "no sites",
                 "the program that is wrapped has no sample site, so that flipout does nothing; "
@@ -578,6 +581,11 @@ class FlipoutMessenger(Messenger):
                 f"all {num_examples} examples are one group and see the shared draw, since "
                 f"group_size={self.group_size}; set it to a fraction of the mini-batch",
             )
+
+
+_OF_ONE_EXECUTION = (
+    *("_execution", "_flipped", "_noticed", "_planned", "_probe", "_sites", "_stack", "_trace"),
+)
 
 
 def _run_function(

@@ -207,7 +207,8 @@ def _no_examples(weight: FlipoutTensor, constant: Tensor) -> str:
     of_size = "" if count is None else f" of size {count}, the number of examples"
     return (
         f"data of shape {tuple(constant.shape)} have no dimension{of_size}, and with a constant in "
-        "their place the sum over the weight would leave it no signs; give each example its own rows"
+        "their place the sum over the weight would leave it no signs; give each example rows of "
+        "its own"
     )
 
 

@@ -161,6 +161,7 @@ def test_a_parameter_of_several_sites_stays_whole():
     assert sorted(found.site.values) == ["both", "noise"]
 
 
+@pytest.mark.filterwarnings("ignore:flipout. no site of the model can be flipped")
 def test_a_point_has_no_variance_on_a_fixed_batch():
     def guide(x, y):
         loc = pyro.param("loc", torch.zeros(1, 3))

@@ -134,9 +134,9 @@ def test_wrong_example_dim_against_the_data_plate(plate_size, words):
     y = torch.zeros(5, 2)
     handler = Recording()
     # Around inference there is no second run, so that the plates alone can tell.
-    with pytest.warns(FlipoutWarning, match=words + r".*'y' is in plates of sizes {'data': 5}"):
-        with handler:
-            model(X, y)
+    match = words + r".*'y' is in plates of sizes {'data': 5}"
+    with pytest.warns(FlipoutWarning, match=match), handler:
+        model(X, y)
     assert handler.decisions["w"].startswith("shared: 6 examples were counted")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

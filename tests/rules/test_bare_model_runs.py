@@ -94,7 +94,7 @@ def shared_weight(out, x):
 
 
 def test_one_column_is_not_told_of():
-    """One example sees the shared draw anyway; several later are told of."""
+    """One example sees the shared draw anyway; of several later the audit finds the dimension."""
 
     def program(x):
         mean = (sample(1, 3) @ x.T)[0]
@@ -106,8 +106,11 @@ def test_one_column_is_not_told_of():
         warnings.simplefilter("error")
         handler(program)(torch.randn(1, 3))
     assert kinds(handler.decisions) == {"w": "flipped"}
-    with pytest.warns(FlipoutWarning, match=r"dimension 0 of data of shape \(3, 5\)"):
-        handler(program)(torch.randn(N, 3))
+    handler(program)(torch.randn(N, 3))
+    assert handler.decisions == {"w": "flipped (verified)"}
+    match = r"dimension 0 of data of shape \(3, 5\)"
+    with pytest.warns(FlipoutWarning, match=match), flipout():
+        program(torch.randn(N, 3))
 
 
 # ---------------------------------------------------------------------- recurrent layers

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pyro_flipout.errors import users_line, warn
 
-__all__ = ["Notices", "by_reason", "named"]
+__all__ = ["Notices", "by_reason", "cause", "named"]
 
 
 @dataclass
@@ -59,8 +59,8 @@ class Notices:
         :param alone: the remedy is for this site and no other.
         :param wait: until :meth:`say`, for other sites that are for the same reason.
         """
-        cause = verb, f"{key}: {reason}" if alone else _cause(reason)
-        notice = self._waiting.get(cause)
+        kind = verb, f"{key}: {reason}" if alone else cause(reason)
+        notice = self._waiting.get(kind)
         if notice is not None:
             if site not in notice.sites:
                 notice.sites.append(site)
@@ -70,7 +70,7 @@ class Notices:
             self.told.add(key)
             notice = _Notice([site], verb, reason, [key], users_line())
             if wait:
-                self._waiting[cause] = notice
+                self._waiting[kind] = notice
             else:
                 warn(str(notice), notice.at)
 
@@ -87,9 +87,10 @@ class Notices:
         self._waiting.clear()
 
 
-def _cause(reason: str) -> str:
+def cause(reason: str) -> str:
     """A reason without the names, shapes and numbers of the site that it is about."""
-    return re.sub(r"'[^']*'|\[[^\]]*\]|\d+", "#", reason)
+    reason = re.sub(r"'[^']*'|\[[^\]]*\]|\d+", "#", reason)
+    return re.sub(r"\((\(?#[#, ()]*)(\.\.\.)?\)", "#", reason)  # lists of elements
 
 
 def named(sites: Iterable[str]) -> str:
