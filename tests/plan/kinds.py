@@ -27,6 +27,8 @@ class Kind:
 
     :ivar make: gives the model and its arguments for sizes N, T and a way of observing.
     :ivar shared: sites that have to be left shared; the others are flipped.
+    :ivar either: of these, sites that can be flipped exactly if it is found how: example n sees all
+        rows with its own weight, ``a[n] @ (x @ w[n])``.
     :ivar sizes: pairs of N and T.
     :ivar was_right: whether the numbers were right without the audit too.
     :ivar enumerated: whether a local variable is enumerated.
@@ -34,6 +36,7 @@ class Kind:
 
     make: Callable[..., Any]
     shared: frozenset[str] = frozenset()
+    either: frozenset[str] = frozenset()
     sizes: tuple[tuple[int, int], ...] = ((6, 4), (4, 4), (D, D))
     was_right: bool = False
     enumerated: bool = False
@@ -689,12 +692,12 @@ def series_with_ar_errors(n, t, observe):
 # ------------------------------------------------------------------------ true mixing
 
 
-@on_rows(shared="w")
+@on_rows(shared="w", either=frozenset("w"))
 def graph_over_nodes(x):
     return (torch.full((len(x),) * 2, 1 / len(x)) @ (x @ weight("w", D, 1))).squeeze(-1)
 
 
-@on_rows(shared="w v")
+@on_rows(shared="w v", either=frozenset("v"))
 def graph_of_two_layers(x):
     ring = torch.eye(len(x)) + torch.eye(len(x)).roll(1, 0)
     h = torch.tanh(ring @ F.linear(x, weight("w", 4, D)))
@@ -914,7 +917,7 @@ def contrastive(x, y, t, observe):
     pyro.factor("nce", -F.cross_entropy(logits, torch.arange(len(x)), reduction="sum"))
 
 
-@joint(shared="v")
+@joint(shared="v", either=frozenset("v"))
 def contrastive_two_towers(x, y, t, observe):
     a, b = x @ weight("w", D, 4), x.flip(-1) @ weight("v", D, 4)
     with pyro.plate("data", len(x)):
