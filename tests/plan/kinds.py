@@ -694,7 +694,7 @@ def series_with_ar_errors(n, t, observe):
 
 @on_rows(shared="w", either=frozenset("w"))
 def graph_over_nodes(x):
-    return (torch.full((len(x),) * 2, 1 / len(x)) @ (x @ weight("w", D, 1))).squeeze(-1)
+    return (torch.full((len(x),) * 2, 1 / len(x)) @ (x @ weight("w", D, 6))).sum(-1)
 
 
 @on_rows(shared="w v", either=frozenset("v"))
