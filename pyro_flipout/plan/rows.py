@@ -33,10 +33,12 @@ class Key(NamedTuple):
 
     :ivar function: the torch function's name.
     :ivar sizes: of the data, in multiples of N; 0 where they are none.
+    :ivar sites: of the weights.
     """
 
     function: str
     sizes: tuple[int, ...]
+    sites: tuple[str, ...] = ()
 
 
 class RowsRouter:
@@ -75,7 +77,7 @@ class RowsRouter:
             return None
         if data.dtype.itemsize < 4 or torch.is_autocast_enabled(data.device.type):
             self.low_precision |= data.is_floating_point()
-        key = self.key(func, data)
+        key = self.key(func, data, weights)
         if key not in self.options:
             self.options[key] = self._options(key)
         choice = self.choices.get(key) or self.options[key][0]
@@ -86,11 +88,12 @@ class RowsRouter:
         count = data.size(choice.dim)
         return Rows(choice.layout, choice.dim, count, device=data.device)
 
-    def key(self, func: Callable[..., Any], data: Tensor) -> Key:
+    def key(self, func: Callable[..., Any], data: Tensor, weights: Sequence[FlipoutTensor]) -> Key:
         """The key of a call."""
         count = self.num_examples
         sizes = [n // count if count and n % count == 0 else 0 for n in data.shape]
-        return Key(getattr(func, "__name__", str(func)), tuple(sizes))
+        sites = tuple(draw.site for weight in weights for draw in weight.draws)
+        return Key(getattr(func, "__name__", str(func)), tuple(sizes), sites)
 
     def _options(self, key: Key) -> list[Choice]:
         usual = Choice("examples", self.example_dim)
@@ -116,7 +119,9 @@ class RowsRouter:
         alike = {
             choice
             for known, choice in self.choices.items()
-            if known.function == key.function and len(known.sizes) == len(key.sizes)
+            if known.function == key.function
+            and known.sites == key.sites
+            and len(known.sizes) == len(key.sizes)
         }
         return [choice for choice in found if choice in alike] or found
 

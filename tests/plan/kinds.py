@@ -27,6 +27,8 @@ class Kind:
 
     :ivar make: gives the model and its arguments for sizes N, T and a way of observing.
     :ivar shared: sites that have to be left shared; the others are flipped.
+    :ivar either: of these, sites that can be flipped exactly if it is found how: example n sees all
+        rows with its own weight, ``a[n] @ (x @ w[n])``.
     :ivar sizes: pairs of N and T.
     :ivar was_right: whether the numbers were right without the audit too.
     :ivar enumerated: whether a local variable is enumerated.
@@ -34,6 +36,7 @@ class Kind:
 
     make: Callable[..., Any]
     shared: frozenset[str] = frozenset()
+    either: frozenset[str] = frozenset()
     sizes: tuple[tuple[int, int], ...] = ((6, 4), (4, 4), (D, D))
     was_right: bool = False
     enumerated: bool = False
@@ -196,6 +199,14 @@ def fold_plate_of_frames(x):
     w = weight("w", D, D)
     h = torch.tanh(F.linear(x.flatten(0, 1), w)).view_as(x).mean(1)
     return torch.tanh(F.linear(h, w)).sum(-1)
+
+
+@on_series()
+def blocks_and_interleaved(x):
+    """Two nets, for which the rows are folded in two ways."""
+    a = torch.tanh(F.linear(x.flatten(0, 1), weight("w", 4, D)))
+    b = torch.tanh(F.linear(x.transpose(0, 1).flatten(0, 1), weight("v", 4, D)))
+    return a.view(len(x), -1).sum(-1) + b.view(x.size(1), len(x), 4).sum((0, 2))
 
 
 # ----------------------------------------------------- time-distributed CNN, then LSTM
@@ -544,7 +555,7 @@ def table_by_weight(x):
     return torch.tanh(logits).sum(-1)
 
 
-@on_rows(shared="w")
+@on_rows(shared="w", was_right=True)
 def position_dependent(x):
     """A parameter as input, beside the data."""
     inducing = torch.nn.Parameter(_constant(D, D))
@@ -681,12 +692,12 @@ def series_with_ar_errors(n, t, observe):
 # ------------------------------------------------------------------------ true mixing
 
 
-@on_rows(shared="w")
+@on_rows(shared="w", either=frozenset("w"))
 def graph_over_nodes(x):
-    return (torch.full((len(x),) * 2, 1 / len(x)) @ (x @ weight("w", D, 1))).squeeze(-1)
+    return (torch.full((len(x),) * 2, 1 / len(x)) @ (x @ weight("w", D, 6))).sum(-1)
 
 
-@on_rows(shared="w v")
+@on_rows(shared="w v", either=frozenset("v"))
 def graph_of_two_layers(x):
     ring = torch.eye(len(x)) + torch.eye(len(x)).roll(1, 0)
     h = torch.tanh(ring @ F.linear(x, weight("w", 4, D)))
@@ -906,7 +917,7 @@ def contrastive(x, y, t, observe):
     pyro.factor("nce", -F.cross_entropy(logits, torch.arange(len(x)), reduction="sum"))
 
 
-@joint(shared="v")
+@joint(shared="v", either=frozenset("v"))
 def contrastive_two_towers(x, y, t, observe):
     a, b = x @ weight("w", D, 4), x.flip(-1) @ weight("v", D, 4)
     with pyro.plate("data", len(x)):

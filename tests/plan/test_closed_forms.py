@@ -151,7 +151,8 @@ def first_steps(model, guide, args, elbo, repeats):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FlipoutWarning)
         for _ in range(repeats):
-            # Else it would be remembered with the guide that the plates contradict the first step.
+            # Else it would be remembered with the parameters that the plates contradict this step.
+            pyro.clear_param_store()
             rows.append(draw(flipout(model, audit=False), copy.deepcopy(guide), args, elbo))
     return torch.stack(rows)
 
