@@ -604,8 +604,7 @@ class _Comparison:
     def _has_elements(self, name: str) -> bool:
         """Whether the examples have elements of their own in a density, or it has states."""
         density = self.bare[name]
-        sizes = [density.value.size(dim) for dim in density.plates.values()]
-        return bool(density.states) or self.num_examples in sizes
+        return bool(density.states) or self.num_examples in density.value.shape
 
     def totals(
         self, found: Densities, other: Densities | None
