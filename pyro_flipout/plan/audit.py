@@ -332,13 +332,13 @@ class Audit:
                 run = self._flipped_run(flipped, count, 0, router)
             except Exception as why:
                 wrong = {"": f"{type(why).__name__}: {why}"}
-                return _Attempt(flipped, choices, excluded, wrong, router.options)
-            options = router.options
+                return _Attempt(flipped, choices, excluded, wrong, {**options, **router.options})
+            used, options = router.options, {**options, **router.options}
             newly = {s: why for s, why in run.probe.shared.items() if s in flipped}
             if not newly:
                 break
             excluded.update(newly)
-        attempt = _Attempt(flipped, _used(choices, options), excluded, {}, options)
+        attempt = _Attempt(flipped, _used(choices, used), excluded, {}, options)
         self._prove(attempt, run, count)
         return attempt
 
