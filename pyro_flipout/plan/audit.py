@@ -384,7 +384,7 @@ class Audit:
             unseen: frozenset[str] = frozenset(attempt.sites)
             for round in range(_rounds(count, self.group_size)):
                 run = first if round == 0 else self._again(attempt, count, round)
-                wrong = comparison.check(run.densities)
+                wrong = comparison.check(run.densities, run.probe.kinds)
                 other = None
                 if wrong:
                     other = self._again(attempt, count, round, exchanged=True)
@@ -667,8 +667,11 @@ class _Comparison:
         """What rounding alone may change in sums of numbers of a size."""
         return self._roundings * self._eps * size
 
-    def check(self, found: Densities) -> dict[str, str]:
-        """What differs, by observed site."""
+    def check(self, found: Densities, example_kinds: Tensor | None = None) -> dict[str, str]:
+        """What differs, by observed site.
+
+        :param example_kinds: kinds of the examples, shape ``(N,)``.
+        """
         wrong = {name: f"'{name}' is not met" for name in self.bare if name not in found}
         for name, density in self.bare.items():
             if name not in self.star or self.star[name].value.shape != density.value.shape:
@@ -693,7 +696,31 @@ class _Comparison:
                 states = self._check_states(name, second, apart, of_plates)
                 if states:
                     wrong[name] = states
+            if name not in wrong and example_kinds is not None:
+                owners = self._check_owners(name, second, apart, example_kinds)
+                if owners:
+                    wrong[name] = owners
         return wrong
+
+    def _check_owners(self, name: str, second: Tensor, apart: Tensor, kinds: Tensor) -> str:
+        """Along one dimension, whose elements see as many weights of each kind as there are.
+
+        Where attention is so sharp that it looks at one example alone, all see the weight of that.
+        """
+        dims = [dim for dim in range(second.dim()) if second.size(dim) == len(kinds)]
+        num_second = int(kinds.sum())
+        for dim in dims:
+            rest = [d for d in range(second.dim()) if d != dim]
+            first_seen, second_seen = (
+                part.amax(rest) if rest else part for part in (apart & ~second, second)
+            )
+            if not (first_seen & second_seen).any():
+                few_first = int(first_seen.sum()) <= len(kinds) - num_second
+                if few_first and int(second_seen.sum()) <= num_second:
+                    return ""
+        if not dims:
+            return ""
+        return f"{_MIXED}: elements of '{name}' depend on the weights of other examples than theirs"
 
     def _check_states(
         self, name: str, second: Tensor, apart: Tensor, of_plates: dict[str, Tensor]
@@ -743,8 +770,7 @@ class _Comparison:
     def _has_elements(self, name: str) -> bool:
         """Whether the examples have elements of their own in a density, or it has states."""
         density = self.bare[name]
-        sizes = [density.value.size(dim) for dim in density.plates.values()]
-        return bool(density.states) or self.num_examples in sizes
+        return bool(density.states) or self.num_examples in density.value.shape
 
     def totals(
         self, found: Densities, other: Densities | None

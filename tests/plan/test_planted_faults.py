@@ -492,3 +492,59 @@ def test_a_wrapped_model_with_options_is_checked_with_them():
     guide = AutoNormal(model)
     guide(x, y)
     assert check_model(flipout(model, hide=["net.other"]), guide, x, y).ok
+
+
+# ----------------------------------------------------------------- one weight, and not its own
+
+
+class SharpAttention(nn.Module):
+    """Attention over the examples, so sharp that all look at one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x):
+        h = torch.tanh(self.layer(x))
+        sharp = torch.softmax(1e6 * x.norm(dim=1), -1)
+        return (sharp.unsqueeze(0) @ h).expand(len(x), -1)
+
+
+def test_examples_that_all_see_the_weight_of_one_mix():
+    found = report(SharpAttention(), 3, outputs=4)
+    assert not any(finding.flipped for finding in found.sites.values())
+    assert all("than theirs" in finding.reason for finding in found.sites.values())
+
+
+@pytest.mark.parametrize("init_scale", [0.3, 1e-2])
+def test_independent_dimensions_over_data_are_compared_by_element(init_scale):
+    """Without a plate too: to first order a centred batch is a sum over its examples."""
+
+    class Centred(Model):
+        def forward(self, x, y=None):
+            mean = self.net(x)
+            pyro.sample("y", dist.Normal(mean - mean.mean(0), 1.0).to_event(2), obs=y)
+
+    torch.manual_seed(0)
+    model = Centred(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    x, y = torch.randn(N, 3), torch.randn(N, 2)
+    guide = AutoNormal(model, init_scale=init_scale)
+    guide(x, y)
+    found = check_model(model, guide, x, y, strict=False)
+    assert not any(finding.flipped for finding in found.sites.values())
+
+
+class FoldedAsWide(nn.Module):
+    """Steps that are folded into rows, with as many features as there are examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.step, self.out = nn.Linear(N, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        steps = self.step(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.out(torch.tanh(steps).sum(1))
+
+
+def test_rows_of_steps_with_as_many_features_as_examples():
+    assert report(FoldedAsWide(), 5, N).ok
