@@ -228,8 +228,13 @@ class Audit:
                 if best is None or attempt.seen:
                     best = counted, attempt
         if best is None:
-            return self._unverified(sites, None, "nothing says who the examples are")
-        return self._conclude(sites, *best)
+            return self._unverified(sites, None, _NO_PLATE)
+        verdict = self._conclude(sites, *best)
+        if not candidates:  # what a rule has counted may be rows of something else
+            guessed = Finding(True, False, _NO_PLATE)
+            found = verdict.findings.items()
+            verdict.findings = {s: guessed if f.flipped else f for s, f in found}
+        return verdict
 
     def _counted(self, sites: Iterable[str]) -> int | None:
         """The number of examples that the first rule with data counts."""
@@ -600,6 +605,7 @@ _OWNERS = (
     "which example a row belongs to depends on integers among the arguments; name the owner of "
     "each row, as in `with pyro_flipout.examples(owner): h = net(rows)`"
 )
+_NO_PLATE = "no plate says what the examples are; write one over the data"
 _BLIND = "its signs make no difference to what is observed"
 
 

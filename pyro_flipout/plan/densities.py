@@ -47,7 +47,12 @@ def log_densities(trace: Trace, without: Collection[str]) -> dict[str, Density]:
         if infer.get("_deterministic") or node["mask"] is False:
             continue
         value: Any = node["value"]
-        density = elementwise_log_prob(node["fn"], value)
+        try:
+            density = elementwise_log_prob(node["fn"], value)
+        except NotImplementedError:
+            if node["is_observed"]:
+                raise
+            continue  # objectives that need no density of it, as one with a closed form, are fine
         mask = node["mask"]
         if isinstance(mask, Tensor):
             density = torch.where(_as_wide_as(mask, density, node["fn"]), density, 0.0)

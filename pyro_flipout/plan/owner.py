@@ -164,6 +164,14 @@ class _Nested(Exception):
     """A model that is being audited has a handler of its own, which decides."""
 
 
+class _ModelFailed(Exception):
+    """The model raised an error in the audit."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def _options(handler: FlipoutMessenger) -> Any:
     return (
         type(handler),
@@ -187,9 +195,9 @@ def _audited(
         return Plan(Verdict(None, {}, others=found), [])
     except FlipoutError:
         raise
-    except Exception:
+    except _ModelFailed as why:
         if handler.on_missing_rule == "error":
-            raise
+            raise why.error from None
         return None  # the run that counts raises it again, where it belongs
     return Plan(verdict, [(weakref.ref(module), mode) for module, mode in modes.items()])
 
@@ -200,8 +208,9 @@ def run_audit(
     """Audits a model as ``handler`` would run it.
 
     :returns: the verdict, and the modules that were called with their training modes.
-    :raises Exception: whatever the model raises.
+    :raises _ModelFailed: if the model raises an error.
     """
+    raised: list[Exception] = []
 
     def run_model(probe: Probe) -> Trace:
         probing = copy.copy(handler)
@@ -210,10 +219,16 @@ def run_audit(
         probing._probe = probe
         tracer = TraceMessenger()
         with tracer, probing:
-            if probe.shuffled:
-                fn(*shuffled(args), **shuffled(kwargs))
-            else:
-                fn(*args, **kwargs)
+            try:
+                if probe.shuffled:
+                    fn(*shuffled(args), **shuffled(kwargs))
+                else:
+                    fn(*args, **kwargs)
+            except (FlipoutError, _Nested):
+                raise
+            except Exception as why:
+                raised.append(why)
+                raise
         trace: Trace = tracer.trace
         return trace
 
@@ -228,7 +243,12 @@ def run_audit(
             grad_mode,
             handler.on_missing_rule == "error",
         )
-        return audit.verdict(), state.modes
+        try:
+            return audit.verdict(), state.modes
+        except Exception as why:
+            if why in raised:
+                raise _ModelFailed(why) from why
+            raise
 
 
 _REMEDY = (
