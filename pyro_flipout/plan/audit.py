@@ -483,7 +483,15 @@ class Audit:
         expected, found = comparison.totals(
             run.densities, None if other is None else other.densities
         )
-        want = _grad(expected, leaves)
+        try:
+            want = _grad(expected, leaves)
+        except RuntimeError as why:
+            if "inplace operation" not in str(why):
+                raise
+            raise _Failed(
+                "the model writes to a tensor that its gradient needs, so that the gradients of "
+                "several runs cannot be compared"
+            ) from why
         try:
             got = _grad(found, leaves)
         except FlipoutError as why:  # a gradient came where the rules send none

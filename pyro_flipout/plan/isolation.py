@@ -104,9 +104,10 @@ class _Written(TorchDispatchMode):
         for tensor in _written_by(func, args, kwargs):
             self._keep(tensor)
         out = func(*args, **kwargs)
+        given = {_address(tensor) for tensor in _tensors_in((args, list(kwargs.values())))}
         for tensor in _tensors_in(out):
             address = _address(tensor)
-            if address is not None and address not in self._kept:
+            if address is not None and address not in given:  # a view is of what was there
                 self._made.add(address)
         return out
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyro.poutine.runtime as runtime
 import torch
+from pyro.infer.inspect import TrackProvenance
+from pyro.infer.tracegraph_elbo import TrackNonReparam
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -148,6 +150,9 @@ def plan_of(
     return Planned("", plan, count, trusted, lambda: memory.forget(call, plan))
 
 
+_TRACKS = TrackNonReparam, TrackProvenance
+
+
 def _why_not() -> str:
     if recorded() or graphed() or torch.compiler.is_compiling():
         return "the call is being recorded"
@@ -155,6 +160,8 @@ def _why_not() -> str:
         return "the call is being traced by torch.jit"
     if transformed():
         return "the call is inside a transform of torch.func"
+    if any(isinstance(frame, _TRACKS) for frame in runtime._PYRO_STACK):
+        return "the values of sites carry provenance, which they cannot get a second time"
     if torch.is_inference_mode_enabled():
         return "the call is in inference mode"
     return ""

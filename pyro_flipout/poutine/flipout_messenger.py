@@ -15,6 +15,7 @@ import pyro.poutine.runtime as runtime
 import torch
 from pyro.distributions import Normal
 from pyro.infer.abstract_infer import TracePosterior
+from pyro.infer.autoguide import AutoGuide
 from pyro.infer.elbo import ELBO
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from pyro.ops.provenance import (
@@ -244,6 +245,8 @@ class FlipoutMessenger(Messenger):
         planned = plan_of(self, model, fn, args, kwargs)
         with self:
             self._planned = planned
+            # Which may keep its sites to itself: it is the model that flips.
+            self._seen = isinstance(model, AutoGuide)
             return fn(*args, **kwargs)
 
     def __enter__(self) -> FlipoutMessenger:
