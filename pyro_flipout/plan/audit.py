@@ -279,13 +279,15 @@ class Audit:
         while True:  # from the best layouts on, as long as others flip more sites
             before = len(best.seen)
             for layouts in _alternatives(options):
+                if self.runs > MOST_RUNS // 3:
+                    break
                 attempt = self._attempt(sites, count, {**base, **layouts})
                 options.update({k: v for k, v in attempt.options.items() if k not in options})
                 if len(attempt.seen) > len(best.seen):
                     best = attempt
                 if len(best.seen) == len(sites):
                     return best
-            if len(best.seen) == before or self.runs > MOST_RUNS:
+            if len(best.seen) == before or self.runs > MOST_RUNS // 3:
                 break
             base = best.choices
         if first.error is not None and (self._strict or isinstance(first.error, FlipoutError)):
@@ -303,31 +305,54 @@ class Audit:
         options: Mapping[Key, list[Choice]],
         first: _Attempt,
     ) -> _Attempt:
-        """Tries each site by itself, then those that are right together."""
+        """Finds the sites that are right by themselves, then those that are right together.
+
+        Halves of those that are wrong together are tried in turn.
+        """
         right: list[str] = []
         choices: dict[Key, Choice] = {}
         excluded = dict(first.excluded)
         joint = "; ".join(first.wrong.values())
-        for site in sites:
-            if self.runs > MOST_RUNS:
-                excluded.setdefault(
-                    site, "the audit gave up after many runs; name fewer sites in expose"
-                )
+        half = len(sites) // 2
+        groups = [list(sites)] if len(sites) < 2 else [list(sites[:half]), list(sites[half:])]
+        while groups:
+            group = groups.pop(0)
+            attempt = self._attempt(group, count, choices)
+            if not attempt.holds and len(group) > 1 and self.runs < MOST_RUNS:
+                middle = len(group) // 2
+                groups[:0] = [group[:middle], group[middle:]]
                 continue
-            found = None
-            for layouts in [choices, *_alternatives(options)]:
-                attempt = self._attempt([site], count, layouts)
+            right += [site for site in group if site in attempt.seen]
+            if attempt.seen:
+                choices = {**attempt.choices, **choices}
+            for site in group:
                 if site in attempt.seen:
-                    found = attempt
-                    break
-                if layouts is choices:
+                    excluded.pop(site, None)
+                    continue
+                found = self._by_other_layouts(site, count, choices, options)
+                if found is None:
                     excluded[site] = _why(attempt, site) or joint
-            if found is None:
-                continue
-            excluded.pop(site, None)
-            right.append(site)
-            choices = {**found.choices, **choices}
+                    continue
+                excluded.pop(site, None)
+                right.append(site)
+                choices = {**found.choices, **choices}
         return self._together(right, count, choices, excluded, first)
+
+    def _by_other_layouts(
+        self,
+        site: str,
+        count: int,
+        choices: Mapping[Key, Choice],
+        options: Mapping[Key, list[Choice]],
+    ) -> _Attempt | None:
+        """An attempt with other layouts in which one site is right, if there is one."""
+        for layouts in _alternatives(options):
+            if self.runs > MOST_RUNS // 2:
+                return None
+            attempt = self._attempt([site], count, {**choices, **layouts})
+            if site in attempt.seen:
+                return attempt
+        return None
 
     def _together(
         self,

@@ -174,10 +174,6 @@ class _Nested(Exception):
 class _ModelFailed(Exception):
     """The model raised an error in the audit."""
 
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
-
 
 def _options(handler: FlipoutMessenger) -> Any:
     return (
@@ -202,9 +198,7 @@ def _audited(
         return Plan(Verdict(None, {}, others=found), [])
     except FlipoutError:
         raise
-    except _ModelFailed as why:
-        if handler.on_missing_rule == "error":
-            raise why.error from None
+    except _ModelFailed:
         return None  # the run that counts raises it again, where it belongs
     return Plan(verdict, [(weakref.ref(module), mode) for module, mode in modes.items()])
 
@@ -254,7 +248,7 @@ def run_audit(
             return audit.verdict(), state.modes
         except Exception as why:
             if why in raised:
-                raise _ModelFailed(why) from why
+                raise _ModelFailed from why
             raise
 
 
