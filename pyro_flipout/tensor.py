@@ -71,6 +71,7 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+S = TypeVar("S", bound=Tensor)
 
 
 class NoRule(Exception):
@@ -946,6 +947,15 @@ class FlipoutTensor(Tensor):
             refuse_operator(weights, str(func))
         args, kwargs = unwrap(arguments)
         return func(*args, **kwargs)
+
+    def as_subclass(self, cls: type[S]) -> S:
+        """The shared draw as a tensor of another class.
+
+        Provenance is what Pyro tracks; it keeps the flipped weight itself beside that draw.
+        """
+        if cls is not ProvenanceTensor and self.has_signs:
+            self.refuse([self], "torch.Tensor.as_subclass", "another class has other rules")
+        return self._plain.as_subclass(cls)
 
     @property
     def has_signs(self) -> bool:

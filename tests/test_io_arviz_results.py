@@ -121,6 +121,7 @@ def test_a_fit_survives_zarr(fit, tmp_path):
     check_equal(idata, read_zarr(path))
 
 
+@pytest.mark.slow
 def test_draws_of_the_weights_are_not_held():
     """The tensors of a weight's size that live at once do not grow with the number of draws."""
     shape = 61, 53  # of no other tensor
