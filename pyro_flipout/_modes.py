@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "as_subclass",
@@ -120,8 +121,14 @@ def looked_at(look: Callable[[], T]) -> T:
 
 
 def as_subclass(x: Tensor, cls: type[S]) -> S:
-    """``x.as_subclass(cls)``, which is a wrapper to look at, and no operation to record."""
-    return looked_at(lambda: x.as_subclass(cls)) if recorded() else x.as_subclass(cls)
+    """``x.as_subclass(cls)``, which is a wrapper to look at, and not an operation to record.
+
+    PyTorch 2.4 refuses it under a mode of ``torch.utils._python_dispatch``.
+    """
+    if not torch._C._len_torch_dispatch_stack():
+        return x.as_subclass(cls)
+    with _disable_current_modes():
+        return x.as_subclass(cls)
 
 
 def graphed() -> bool:
