@@ -71,7 +71,6 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
-S = TypeVar("S", bound=Tensor)
 
 
 class NoRule(Exception):
@@ -948,7 +947,7 @@ class FlipoutTensor(Tensor):
         args, kwargs = unwrap(arguments)
         return func(*args, **kwargs)
 
-    def as_subclass(self, cls: type[S]) -> S:
+    def as_subclass(self, cls: type[Any]) -> Any:
         """The shared draw as a tensor of another class.
 
         Provenance is what Pyro tracks; it keeps the flipped weight itself beside that draw.
