@@ -190,6 +190,7 @@ class Memory:
         self.notices = Notices()
         self._plans: dict[Hashable, list[Plan]] = {}
         self._by_kind: dict[Hashable, list[Plan]] = {}
+        self._failed: set[Hashable] = set()
 
     def find(self, call: Call) -> tuple[Plan, int | None, bool] | None:
         """The plan for a call, its number of examples, and whether it was made for other sizes."""
@@ -208,6 +209,12 @@ class Memory:
         choices = {k: c for p in plans for k, c in p.verdict.choices.items()}
         merged = Verdict(None, plans[0].findings, choices)
         return Plan(merged, plans[0].modes), found.pop(), True
+
+    def failed_before(self, call: Call) -> bool:
+        """Whether an audit of such a call has failed before; from now on one has."""
+        before = call.exact in self._failed
+        self._failed.add(call.exact)
+        return before
 
     def forget(self, call: Call, plan: Plan) -> None:
         """Lets the next call of this structure be audited anew."""

@@ -142,7 +142,10 @@ def plan_of(
             return Planned(why_not)
         plan = _audited(handler, fn, args, kwargs)
         if plan is None:
-            return Planned("the model raised an error in the audit")
+            # Raised again by the run that counts, unless it is the audit's runs that are in its way.
+            if not memory.failed_before(call):
+                return Planned(_RAISED)
+            plan = Plan(Verdict(None, {}, others=Finding(True, False, _RAISED)), [])
         memory.add(call, plan)
         _tell(plan.verdict, memory)
         known = plan, plan.verdict.num_examples, False
@@ -150,6 +153,7 @@ def plan_of(
     return Planned("", plan, count, trusted, lambda: memory.forget(call, plan))
 
 
+_RAISED = "the model raised an error in the audit"
 _TRACKS = TrackNonReparam, TrackProvenance
 
 
@@ -247,9 +251,11 @@ def run_audit(
         try:
             return audit.verdict(), state.modes
         except Exception as why:
-            if why in raised:
-                raise _ModelFailed from why
-            raise
+            if why not in raised:
+                raise
+        finally:
+            raised.clear()  # which refer to this frame
+        raise _ModelFailed
 
 
 _REMEDY = (

@@ -154,6 +154,7 @@ def assert_same(found, expected, exact=True):
         ("tokens", AutoMeanField, "tempered"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:flipout. sites .* keep their shared draws. examples mix")
 def test_parameters_are_the_same_to_the_last_bit(net, guide, elbo):
     found = []
     for wrap in (captured, lambda e: e):
@@ -626,6 +627,7 @@ def test_a_smaller_last_batch_is_a_program_of_its_own():
     assert counted_programs(elbo) == 2
 
 
+@pytest.mark.filterwarnings("ignore:flipout. sites .* keep their shared draws. examples mix")
 def test_modes_of_modules():
     modes = [True] * 4 + [False] * 4 + [True] * 2 + [False] * 2
 
