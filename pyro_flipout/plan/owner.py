@@ -142,7 +142,7 @@ def plan_of(
             return Planned(why_not)
         plan = _audited(handler, fn, args, kwargs)
         if plan is None:
-            # Raised again by the run that counts, unless it is the audit's runs that are in its way.
+            # The run that counts raises it again, unless only a second run does.
             if not memory.failed_before(call):
                 return Planned(_RAISED)
             plan = Plan(Verdict(None, {}, others=Finding(True, False, _RAISED)), [])
