@@ -216,6 +216,10 @@ class Memory:
         self._failed.add(call.exact)
         return before
 
+    def forget_failure(self, call: Call) -> None:
+        """The model itself raised an error, so that the audit had to fail."""
+        self._failed.discard(call.exact)
+
     def forget(self, call: Call, plan: Plan) -> None:
         """Lets the next call of this structure be audited anew."""
         for plans in (self._plans.get(call.exact, []), self._by_kind.get(call.kind, [])):

@@ -64,6 +64,11 @@ class Planned:
         """Whether an audit says who the examples are."""
         return self.plan is not None and self.plan.verdict.others is None
 
+    def failed(self) -> None:
+        """The run that counts raised an error, too: a failure of the audit meant nothing."""
+        if not self.proved:
+            self.forget()
+
     def judge(self, site: str, center: Tensor) -> str | None:
         """Why a site that could be flipped is not, ``None`` if it is."""
         if self.plan is None:
@@ -144,13 +149,18 @@ def plan_of(
         if plan is None:
             # The run that counts raises it again, unless only a second run does.
             if not memory.failed_before(call):
-                return Planned(_RAISED)
+                return Planned(_RAISED, forget=lambda: memory.forget_failure(call))
             plan = Plan(Verdict(None, {}, others=Finding(True, False, _RAISED)), [])
         memory.add(call, plan)
         _tell(plan.verdict, memory)
         known = plan, plan.verdict.num_examples, False
     plan, count, trusted = known
-    return Planned("", plan, count, trusted, lambda: memory.forget(call, plan))
+
+    def forget() -> None:
+        memory.forget(call, plan)
+        memory.forget_failure(call)
+
+    return Planned("", plan, count, trusted, forget)
 
 
 _RAISED = "the model raised an error in the audit"

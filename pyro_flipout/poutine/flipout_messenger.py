@@ -247,7 +247,11 @@ class FlipoutMessenger(Messenger):
             self._planned = planned
             # Which may keep its sites to itself: it is the model that flips.
             self._seen = isinstance(model, AutoGuide)
-            return fn(*args, **kwargs)
+            try:
+                return fn(*args, **kwargs)
+            except Exception:
+                planned.failed()
+                raise
 
     def __enter__(self) -> FlipoutMessenger:
         self._check_guide()
