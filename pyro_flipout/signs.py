@@ -438,7 +438,11 @@ class Numbers:
 
     def of_rows(self, by_group: Tensor) -> Tensor:
         """The entries ``(R, *)`` of the rows, of those of the groups ``(count, *)``."""
-        return by_group.index_select(0, self.rows)
+        return by_group.index_select(0, self.rows.to(by_group.device))
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The groups of some rows, by their numbers."""
+        return self.rows.to(rows.device)[rows]
 
 
 def _repeated(low: Tensor, times: int) -> Tensor:

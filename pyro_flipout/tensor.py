@@ -370,7 +370,7 @@ class Execution:
     def numbers(self, rows: Tensor) -> Tensor:
         """The numbers, in the signs, of the groups to which rows of the data belong."""
         if self._numbers is not None:
-            return self._numbers.rows[rows]
+            return self._numbers.of(rows)
         return rows if self.group_size == 1 else rows // self.group_size
 
     @property

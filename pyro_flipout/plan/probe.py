@@ -15,7 +15,6 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,7 +180,7 @@ def codes_of(site: str, value: Tensor, lead_dims: int, round: int) -> Tensor:
     return codes.to(value.device)
 
 
-def kinds_of(count: int, round: int, device: Any = None) -> Tensor:
+def kinds_of(count: int, round: int) -> Tensor:
     """Kinds of the examples in a round: any two of a few examples differ in one of the rounds."""
     bits = max(count - 1, 1).bit_length()
     if count <= 16:
